@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 MAX_CHOICES = 64
@@ -40,3 +41,9 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         return self.temperature < 1e-5
+
+    def finish_reason(self, output_ids: Sequence[int]) -> str | None:
+        """Why these output tokens end their choice: "stop" after a stop id, "length" at max_tokens, else None."""
+        if output_ids and len(output_ids) >= self.min_tokens and output_ids[-1] in self.stop_ids:
+            return "stop"
+        return "length" if len(output_ids) >= self.max_tokens else None

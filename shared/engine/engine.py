@@ -1,0 +1,249 @@
+"""The engine: a step is schedule → run → commit, on one thread, over token ids only.
+
+The same engine serves both services. A prefill service adds sequences that hold their blocks after one sample; a
+decode service reserves blocks for a hand-off, starts the sequences once the KV is in, and lets them run to
+their end. Sequences with several tokens to compute and sequences with one share a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import structlog
+
+from shared.engine.batch import build_step_input, rows_with_logits
+from shared.engine.noise import F32
+from shared.engine.runner import ModelRunner
+from shared.engine.sampler import sample, token_logprob
+from shared.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
+from shared.engine.sequence import Sequence, Status
+from shared.kv.block_manager import BlockManager
+from shared.protocol.messages import TokenLogprob
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One new token of one choice."""
+
+    choice: int
+    token: int
+    logprob: TokenLogprob | None
+    finish: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one step did for one sequence. `error` ends the sequence; its blocks are freed already."""
+
+    sequence: Sequence
+    samples: tuple[Sampled, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    num_computed: int = 0
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A snapshot for heartbeats and admission, in tokens and sequences."""
+
+    running: int
+    waiting: int
+    held: int
+    kv_tokens: int
+    kv_tokens_used: int
+    generated_tokens: int
+    computed_tokens: int
+    preemptions: int
+    steps: int
+
+
+@dataclass(slots=True, eq=False)
+class Reservation:
+    """Blocks for the choices of one hand-off; the first sequence's blocks are where the KV goes.
+
+    `num_tokens` positions come by hand-off, of which the first `num_cached` are in the local prefix cache already.
+    """
+
+    sequences: list[Sequence]
+    num_tokens: int
+    num_cached: int
+
+
+class Engine:
+    """Schedules, runs and commits; every method is to be called on the one engine thread."""
+
+    def __init__(self, runner: ModelRunner, limits: SchedulerLimits, *, prefix_caching: bool = True) -> None:
+        self._runner = runner
+        self._block_size = runner.cache.layout.block_size
+        self._prefix_caching = prefix_caching
+        self.blocks = BlockManager(runner.cache.num_blocks)
+        self.scheduler = Scheduler(limits, self.blocks, self._block_size, prefix_caching=prefix_caching)
+        self._reservations: list[Reservation] = []
+        self._generated = self._computed = self._steps = 0
+
+    @property
+    def max_request_tokens(self) -> int:
+        """The longest sequence that fits when it has the whole pool."""
+        return self.blocks.num_usable * self._block_size
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def load(self) -> Load:
+        scheduler, blocks = self.scheduler, self.blocks
+        return Load(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting) + len(self._reservations),
+            held=len(scheduler.held),
+            kv_tokens=blocks.num_usable * self._block_size,
+            kv_tokens_used=(blocks.num_usable - blocks.num_free) * self._block_size,
+            generated_tokens=self._generated,
+            computed_tokens=self._computed,
+            preemptions=scheduler.num_preemptions,
+            steps=self._steps,
+        )
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence to be computed here from its first token."""
+        self.scheduler.add(sequence)
+
+    def free(self, sequence: Sequence) -> None:
+        """End a sequence in any state and release its blocks. May be repeated."""
+        self.scheduler.remove(sequence)
+
+    def step(self) -> list[Output]:
+        """Compute one ragged batch; an empty list means that nothing could run."""
+        plan = self.scheduler.schedule()
+        if not plan:
+            return []
+        self._zero_fresh()
+        logits = self._runner.run(build_step_input(plan, self._block_size, self._runner.row_pad))
+        return self.commit(plan, logits)
+
+    def commit(self, plan: list[Scheduled], logits: F32) -> list[Output]:
+        """Advance the planned sequences and sample; a sequence ended since the plan was made is passed over."""
+        self._steps += 1
+        outputs, row = [], 0
+        for item in plan:
+            rows = rows_with_logits(item)
+            chunk = logits[row : row + len(rows)]
+            row += len(rows)
+            if item.sequence.status is Status.RUNNING:
+                outputs.append(self._commit_one(item, chunk))
+        return outputs
+
+    def reserve(self, sequences: list[Sequence], num_tokens: int, growth: int) -> Reservation | None:
+        """Reserve zeroed blocks for `num_tokens` handed-off positions plus `growth`, or None when they are not free.
+
+        All sequences share the full blocks of the handed-off prefix; each has its own tail. Waiting local work goes
+        first: it was admitted earlier.
+        """
+        first, size = sequences[0], self._block_size
+        cached = self.scheduler.cached_prefix(first)[: num_tokens // size]
+        each, shared = -(-(num_tokens + growth) // size), num_tokens // size
+        needed = each - len(cached) + (len(sequences) - 1) * (each - shared)
+        if self.scheduler.waiting or not self.blocks.can_allocate(needed, cached):
+            return None
+        self.blocks.retain(cached)
+        first.block_ids = cached + self.blocks.allocate(each - len(cached))
+        for fork in sequences[1:]:
+            self.blocks.retain(first.block_ids[:shared])
+            fork.block_ids = first.block_ids[:shared] + self.blocks.allocate(each - shared)
+        self._zero_fresh()
+        reservation = Reservation(sequences, num_tokens, len(cached) * size)
+        self._reservations.append(reservation)
+        return reservation
+
+    def cancel_reservation(self, reservation: Reservation) -> None:
+        """Give a reservation's blocks back; its writer must have stopped. May be repeated."""
+        if reservation in self._reservations:
+            self._reservations.remove(reservation)
+            for sequence in reservation.sequences:
+                self.free(sequence)
+
+    def start_received(self, reservation: Reservation) -> None:
+        """Run the sequences on KV that was verified: their first `num_tokens` positions are in the cache."""
+        self._reservations.remove(reservation)
+        shared, tail = divmod(reservation.num_tokens, self._block_size)
+        first = reservation.sequences[0]
+        for sequence in reservation.sequences:
+            if tail and sequence is not first:
+                self._runner.cache.copy_block(first.block_ids[shared], sequence.block_ids[shared])
+            sequence.num_cached = reservation.num_cached
+            sequence.num_computed = min(reservation.num_tokens, len(sequence.tokens) - 1)
+            self._publish(sequence)
+            self.scheduler.start(sequence)
+
+    def start_recompute(self, reservation: Reservation) -> None:
+        """Compute the sequences here because their KV did not come; half-written blocks are not trusted."""
+        self.cancel_reservation(reservation)
+        for sequence in reservation.sequences:
+            self.add(sequence)
+
+    def check_integrity(self, retained: list[list[int]] | None = None) -> None:
+        """Raise AssertionError unless every block reference has a holder; `retained` are hand-offs' own references."""
+        scheduler = self.scheduler
+        members = [*scheduler.waiting, *scheduler.running, *scheduler.held]
+        members += [sequence for reservation in self._reservations for sequence in reservation.sequences]
+        self.blocks.check_integrity([sequence.block_ids for sequence in members] + (retained or []))
+
+    def _commit_one(self, item: Scheduled, logits: F32) -> Output:
+        sequence = item.sequence
+        first_row = sequence.num_computed
+        sequence.num_computed += item.num_tokens
+        self._computed += item.num_tokens
+        self._publish(sequence)
+        try:
+            if sequence.wants_prompt_logprobs:
+                self._collect_prompt_logprobs(sequence, first_row, logits)
+            samples = self._sample(sequence, logits) if not sequence.num_pending else ()
+        except Exception as error:  # one request's parameters must not take the batch down
+            log.error("sequence_failed", request_id=sequence.request_id, error=type(error).__name__)
+            self.free(sequence)
+            return Output(sequence, error="the request failed while sampling")
+        prompt_logprobs = tuple(sequence.prompt_logprobs) if samples else ()
+        if samples and not sequence.hold:
+            sequence.tokens.append(samples[0].token)
+            if samples[0].finish:
+                self.free(sequence)
+        if sequence.hold and not sequence.num_pending:
+            self.scheduler.hold(sequence)
+        return Output(sequence, samples, prompt_logprobs, sequence.num_computed)
+
+    def _sample(self, sequence: Sequence, logits: F32) -> tuple[Sampled, ...]:
+        return tuple(self._sample_choice(sequence, choice, logits[-1]) for choice in sequence.choices)
+
+    def _sample_choice(self, sequence: Sequence, choice: int, logits: F32) -> Sampled:
+        params, request = sequence.params, sequence.sample_input(choice)
+        token = sample(logits, request)
+        self._generated += 1
+        logprob = None if params.logprobs is None else token_logprob(logits, token, params.logprobs)
+        return Sampled(choice, token, logprob, params.finish_reason([*request.output_ids, token]))
+
+    def _collect_prompt_logprobs(self, sequence: Sequence, first_row: int, logits: F32) -> None:
+        collected = sequence.prompt_logprobs
+        if not collected:
+            collected.append(None)  # nothing predicts the first token
+        num_top = sequence.params.prompt_logprobs or 0
+        for offset, row in enumerate(logits):
+            target = first_row + offset + 1
+            if target < sequence.prompt_len:
+                collected.append(token_logprob(row, sequence.tokens[target], num_top))
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Make newly full blocks findable by other sequences of the same root."""
+        full = sequence.num_computed // self._block_size
+        if not self._prefix_caching or full <= sequence.num_published:
+            return
+        hashes = sequence.block_hashes(self._block_size, full)
+        for index in range(sequence.num_published, full):
+            self.blocks.publish(sequence.block_ids[index], hashes[index])
+        sequence.num_published = full
+
+    def _zero_fresh(self) -> None:
+        fresh = self.blocks.take_fresh()
+        if fresh:
+            self._runner.cache.zero(fresh)

@@ -1,0 +1,167 @@
+"""Which sequences run this step, and how many tokens each.
+
+A plan maps sequences to token counts: a decode step is 1, a prefill chunk more. Decodes come first, so a long
+prompt never delays a running stream by more than a chunk. When blocks run out, the newest sequence is preempted:
+it loses its blocks, waits at the front and is computed again; with keyed noise its tokens do not change.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from shared.engine.sequence import Sequence, Status
+from shared.kv.block_manager import BlockManager
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """`prefill_share` caps prefill tokens per step, as a share of the budget, while sequences decode.
+
+    `reserve_blocks` must stay free beside a readmitted or new sequence, so that it is not preempted at once.
+    """
+
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 512
+    enable_chunked_prefill: bool = True
+    prefill_share: float = 1.0
+    reserve_blocks: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    sequence: Sequence
+    num_tokens: int
+
+
+class Scheduler:
+    """The only owner of the waiting and running lists."""
+
+    def __init__(self, limits: SchedulerLimits, blocks: BlockManager, block_size: int, *, prefix_caching: bool) -> None:
+        self._limits = limits
+        self._blocks = blocks
+        self._block_size = block_size
+        self._prefix_caching = prefix_caching
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.held: list[Sequence] = []
+        self.num_preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence that has no blocks yet."""
+        sequence.status = Status.WAITING
+        self.waiting.append(sequence)
+
+    def start(self, sequence: Sequence) -> None:
+        """Run a sequence whose blocks were reserved before."""
+        sequence.status = Status.RUNNING
+        self.running.append(sequence)
+
+    def hold(self, sequence: Sequence) -> None:
+        """A computed prefill sequence leaves the running list but keeps its blocks."""
+        self.running.remove(sequence)
+        sequence.status = Status.HELD
+        self.held.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is, and let go of its blocks. May be repeated."""
+        for members in (self.waiting, self.running, self.held):
+            if sequence in members:
+                members.remove(sequence)
+        sequence.status = Status.FINISHED
+        self._drop_blocks(sequence)
+
+    def schedule(self) -> list[Scheduled]:
+        """Plan one step; an empty plan means that nothing can run now."""
+        plan = self._schedule_decodes()
+        budget = self._limits.max_num_batched_tokens - len(plan)
+        if plan:
+            budget = min(budget, max(self._block_size, int(budget * self._limits.prefill_share)))
+        budget = self._schedule_chunks(plan, budget)
+        self._admit(plan, budget)
+        return plan
+
+    def _schedule_decodes(self) -> list[Scheduled]:
+        plan = []
+        for sequence in list(self.running):
+            if sequence.status is Status.RUNNING and sequence.num_pending == 1 and self._grow(sequence):
+                plan.append(Scheduled(sequence, 1))
+        return plan
+
+    def _schedule_chunks(self, plan: list[Scheduled], budget: int) -> int:
+        for sequence in self.running:
+            if sequence.num_pending > 1:
+                budget -= self._plan_chunk(plan, sequence, budget)
+        return budget
+
+    def _admit(self, plan: list[Scheduled], budget: int) -> None:
+        while self.waiting and budget > 0 and len(self.running) < self._limits.max_num_seqs:
+            sequence = self.waiting[0]
+            if not self._allocate(sequence):
+                break
+            self.waiting.popleft()
+            self.start(sequence)
+            budget -= self._plan_chunk(plan, sequence, budget)
+
+    def _plan_chunk(self, plan: list[Scheduled], sequence: Sequence, budget: int) -> int:
+        if budget <= 0:
+            return 0
+        count = min(sequence.num_pending, budget) if self._limits.enable_chunked_prefill else sequence.num_pending
+        plan.append(Scheduled(sequence, count))
+        return count
+
+    def _allocate(self, sequence: Sequence) -> bool:
+        """Give a waiting sequence blocks for all its known tokens, cached prefix first."""
+        cached = self.cached_prefix(sequence)
+        needed = -(-len(sequence.tokens) // self._block_size) - len(cached)
+        reserve = self._limits.reserve_blocks if self.running and not sequence.hold else 0
+        if not self._blocks.can_allocate(needed + reserve, cached):
+            return False
+        self._blocks.retain(cached)
+        sequence.block_ids = cached + self._blocks.allocate(needed)
+        sequence.num_computed = sequence.num_cached = len(cached) * self._block_size
+        sequence.num_published = len(cached)
+        return True
+
+    def cached_prefix(self, sequence: Sequence) -> list[int]:
+        """Cached blocks of the sequence's prefix, at least its last token left to compute.
+
+        Prompt log-probs need every row computed, so such a request reads no prefix (it still publishes its own).
+        """
+        if not self._prefix_caching or sequence.wants_prompt_logprobs:
+            return []
+        count = (len(sequence.tokens) - 1) // self._block_size
+        return self._blocks.lookup(sequence.block_hashes(self._block_size, count))
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Make sure the next slot exists, preempting newer sequences if need be; False: not this step."""
+        while len(sequence.block_ids) * self._block_size < len(sequence.tokens):
+            if self._blocks.can_allocate(1):
+                sequence.block_ids += self._blocks.allocate(1)
+                continue
+            victim = self.running[-1]
+            if len(self.running) == 1:
+                return False  # the oldest waits for hand-offs in flight to let go
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._drop_blocks(sequence)
+        sequence.status = Status.WAITING
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(sequence)
+
+    def _drop_blocks(self, sequence: Sequence) -> None:
+        self._blocks.release(sequence.block_ids)
+        sequence.block_ids = []
+        sequence.num_computed = sequence.num_published = 0
+        if not sequence.num_output:
+            sequence.prompt_logprobs.clear()

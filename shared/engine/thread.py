@@ -1,0 +1,104 @@
+"""The engine's thread: the one place where synchronous compute meets the service's event loop.
+
+Commands wait in an inbox and run between steps, so engine state never changes under a running step. Outputs go to one
+callback, on this thread; a service hands them over to its loop there.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import Empty, SimpleQueue
+from typing import TypeVar
+
+import structlog
+
+from shared.engine.engine import Engine, Output
+
+log = structlog.get_logger()
+T = TypeVar("T")
+
+_IDLE_WAIT_S = 0.5
+_STALLED_WAIT_S = 0.005
+
+
+class EngineThread:
+    """Runs `engine` until `stop`; after an error in a step it stops for good and reports it by `on_failure`.
+
+    A broken step leaves the cache in an unknown state: the process is expected to exit, and its requests move on.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        on_outputs: Callable[[list[Output]], None],
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        self._engine = engine
+        self._on_outputs = on_outputs
+        self._on_failure = on_failure
+        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.last_turn = time.monotonic()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Let the current step end, then stop; commands still queued are run first."""
+        self.post(self._request_stop)
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def call(self, command: Callable[[Engine], T]) -> Future[T]:
+        """Run `command` between two steps; its result or exception comes by the future."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(command(self._engine))
+            except BaseException as error:
+                future.set_exception(error)
+
+        self.post(run)
+        return future
+
+    def post(self, action: Callable[[], None]) -> None:
+        self._inbox.put(action)
+
+    def _request_stop(self) -> None:
+        self._stopping = True
+
+    def _run(self) -> None:
+        try:
+            wait = 0.0
+            while not self._stopping:
+                self._drain_inbox(wait)
+                self.last_turn = time.monotonic()
+                wait = self._turn()
+        except BaseException as error:
+            log.error("engine_failed", error=repr(error))
+            self._on_failure(error)
+
+    def _turn(self) -> float:
+        """One step if there is work; returns how long the inbox may wait before the next turn."""
+        if self._stopping or not self._engine.has_work:
+            return _IDLE_WAIT_S
+        outputs = self._engine.step()
+        if outputs:
+            self._on_outputs(outputs)
+        return 0.0 if outputs else _STALLED_WAIT_S
+
+    def _drain_inbox(self, wait: float) -> None:
+        try:
+            action = self._inbox.get(timeout=wait) if wait else self._inbox.get_nowait()
+            while True:
+                action()
+                action = self._inbox.get_nowait()
+        except Empty:
+            return

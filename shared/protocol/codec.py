@@ -1,0 +1,371 @@
+"""Bytes of the bus messages: msgpack `[tag, version, field, ...]`, with a bound on every length.
+
+What comes from Redis is only half trusted: every field's type and range is checked before an
+object exists, and anything else raises ProtocolError. A message of a newer version raises
+UnknownVersion, so that a rolling upgrade can leave it to others. The Lua scripts build `Marker`
+and `End` themselves (`shared/bus/scripts/common.lua`): change them together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import msgpack
+
+from shared.errors import ProtocolError
+from shared.protocol.messages import (
+    FINISH_LENGTH,
+    FINISH_STOP,
+    OUTCOME_CANCELLED,
+    OUTCOME_ERROR,
+    OUTCOME_FINISHED,
+    PROTOCOL_VERSION,
+    End,
+    Event,
+    Job,
+    Marker,
+    TokenLogprob,
+    Tokens,
+    Usage,
+    WorkerBeat,
+)
+from shared.protocol.sampling import MAX_CHOICES, MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_IDS, SamplingParams
+
+MAX_MESSAGE_BYTES = 32 << 20
+MAX_TOKENS = 1 << 20
+MAX_TOKEN_ID = (1 << 31) - 1
+MAX_NAME = 512
+MAX_TEXT = 2048
+MAX_ADDRESSES = 16
+MAX_INT = (1 << 53) - 1
+MAX_SEED = (1 << 64) - 1
+
+Message = Job | Marker | Tokens | End | WorkerBeat
+M = TypeVar("M", Job, Marker, Tokens, End, WorkerBeat, Usage)
+
+
+class UnknownVersion(ProtocolError):
+    """A message written by a newer release; leave it for a process that knows it."""
+
+
+class _Fields:
+    """Reads the fields of one decoded array in order, each with its bound."""
+
+    __slots__ = ("_at", "_items", "_what")
+
+    def __init__(self, items: object, what: str, size: int) -> None:
+        if type(items) is not list or len(items) != size:
+            raise ProtocolError(f"{what} is not an array of {size} fields")
+        self._items: list[Any] = items
+        self._what = what
+        self._at = 0
+
+    def take(self) -> Any:
+        self._at += 1
+        return self._items[self._at - 1]
+
+    def bad(self, expected: str) -> ProtocolError:
+        return ProtocolError(f"field {self._at} of {self._what} is not {expected}")
+
+    def int(self, low: int = 0, high: int = MAX_INT) -> int:
+        value = self.take()
+        if type(value) is not int or not low <= value <= high:
+            raise self.bad(f"an integer of {low}..{high}")
+        return value
+
+    def optional_int(self, high: int) -> int | None:
+        if self._items[self._at] is None:
+            return cast(None, self.take())
+        return self.int(0, high)
+
+    def float(self) -> float:
+        value = self.take()
+        if type(value) is not float or not math.isfinite(value):
+            raise self.bad("a finite number")
+        return value
+
+    def text(self, limit: int = MAX_NAME) -> str:
+        value = self.take()
+        if type(value) is not str or len(value) > limit:
+            raise self.bad(f"text of at most {limit} characters")
+        return value
+
+    def word(self, *words: str) -> str:
+        value = self.take()
+        if value not in words or type(value) is not str:
+            raise self.bad(f"one of {', '.join(words)}")
+        return value
+
+    def array(self, limit: int) -> list[Any]:
+        value = self.take()
+        if type(value) is not list or len(value) > limit:
+            raise self.bad(f"an array of at most {limit}")
+        return value
+
+    def ids(self, limit: int = MAX_TOKENS, high: int = MAX_TOKEN_ID) -> tuple[int, ...]:
+        value = self.array(limit)
+        if value and (set(map(type, value)) != {int} or min(value) < 0 or max(value) > high):
+            raise self.bad("an array of token ids")
+        return tuple(value)
+
+    def hash(self) -> str:
+        value = self.take()
+        if type(value) is not str or len(value) not in (0, 16):
+            raise self.bad("a chain hash")
+        return value
+
+
+def encode(message: Message) -> bytes:
+    """Bytes of a message; the inverse of `decode`."""
+    return cast(bytes, msgpack.packb(_PACK[type(message)](message)))
+
+
+def decode(cls: type[M], data: bytes) -> M:
+    """The message of class `cls` in `data`; raises ProtocolError when it is anything else."""
+    tag, unpack = _UNPACK[cls]
+    fields = _unpack_array(data, tag)
+    return cast(M, unpack(fields))
+
+
+def decode_event(kind: bytes, data: bytes) -> Event:
+    """The journal event of kind b"T", b"M" or b"E"."""
+    cls = _EVENTS.get(kind)
+    if cls is None:
+        raise ProtocolError(f"unknown kind of journal entry {kind[:16]!r}")
+    return cast(Event, decode(cls, data))
+
+
+def encode_usage(usage: Usage) -> bytes:
+    """The bare field array of a Usage, which the scripts splice into the terminal entry."""
+    return cast(bytes, msgpack.packb(_pack_usage(usage)))
+
+
+def unpack(data: bytes) -> Any:
+    """msgpack with bounds, for the scripts' own arrays; strings stay bytes."""
+    return _unpackb(data, raw=True)
+
+
+def _unpackb(data: bytes, *, raw: bool) -> Any:
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"a message of {len(data)} bytes is larger than {MAX_MESSAGE_BYTES}")
+    try:
+        return msgpack.unpackb(data, raw=raw, strict_map_key=True, max_array_len=MAX_TOKENS, max_map_len=0, max_ext_len=0)
+    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        raise ProtocolError(f"a message is not valid msgpack: {type(error).__name__}") from None
+
+
+def _unpack_array(data: bytes, tag: str) -> list[Any]:
+    items = _unpackb(data, raw=False)
+    if type(items) is not list or len(items) < 2 or type(items[1]) is not int:
+        raise ProtocolError("a message is not an array of a tag, a version and fields")
+    if items[0] != tag:
+        raise ProtocolError(f"expected a message of tag {tag!r}")
+    if items[1] > PROTOCOL_VERSION:
+        raise UnknownVersion(f"message {tag!r} has version {items[1]}; this process knows {PROTOCOL_VERSION}")
+    if items[1] != PROTOCOL_VERSION:
+        raise ProtocolError(f"message {tag!r} has version {items[1]}")
+    return items[2:]
+
+
+def _pack_logprob(value: TokenLogprob | None) -> list[Any] | None:
+    return None if value is None else [value.logprob, value.top]
+
+
+def _logprob(value: object) -> TokenLogprob:
+    fields = _Fields(value, "a log-prob", 2)
+    logprob = _probability(fields.take())
+    top: list[tuple[int, float]] = []
+    for item in fields.array(MAX_LOGPROBS):
+        pair = _Fields(item, "an alternative", 2)
+        top.append((pair.int(0, MAX_TOKEN_ID), _probability(pair.take())))
+    return TokenLogprob(logprob, tuple(top))
+
+
+def _probability(value: object) -> float:
+    if type(value) is not float or math.isnan(value) or value == math.inf:
+        raise ProtocolError("a log-probability is not a number below infinity")
+    return value
+
+
+def _pack_tokens(t: Tokens) -> list[Any]:
+    logprobs = [_pack_logprob(value) for value in t.logprobs]
+    prompt = [_pack_logprob(value) for value in t.prompt_logprobs]
+    return ["T", PROTOCOL_VERSION, t.choice, t.base, t.h_base, t.h, t.tokens, logprobs, t.finish, prompt]
+
+
+def _unpack_tokens(items: list[Any]) -> Tokens:
+    f = _Fields(items, "Tokens", 8)
+    choice, base, h_base, h, tokens = f.int(0, MAX_CHOICES - 1), f.int(0, MAX_TOKENS), f.hash(), f.hash(), f.ids()
+    logprobs = tuple(map(_logprob, f.array(MAX_TOKENS)))
+    if logprobs and len(logprobs) != len(tokens):
+        raise ProtocolError(f"Tokens has {len(tokens)} tokens but {len(logprobs)} log-probs")
+    finish = f.take()
+    if finish is not None and finish not in (FINISH_STOP, FINISH_LENGTH):
+        raise f.bad("a finish reason")
+    prompt = tuple(None if value is None else _logprob(value) for value in f.array(MAX_TOKENS))
+    return Tokens(choice, base, h_base, h, tokens, logprobs, finish, prompt)
+
+
+def _pack_marker(m: Marker) -> list[Any]:
+    return ["M", PROTOCOL_VERSION, m.at, m.tokens]
+
+
+def _unpack_marker(items: list[Any]) -> Marker:
+    f = _Fields(items, "Marker", 2)
+    at = f.ids(MAX_CHOICES, MAX_TOKENS)
+    lists = f.array(MAX_CHOICES)
+    tokens = tuple(_Fields([ids], "Marker", 1).ids() for ids in lists)
+    if tokens and len(tokens) != len(at):
+        raise ProtocolError(f"Marker has {len(at)} choices but tokens of {len(tokens)}")
+    return Marker(at, tokens)
+
+
+def _pack_usage(u: Usage) -> list[Any]:
+    return [
+        u.path,
+        u.reason,
+        u.transport,
+        u.kv_bytes,
+        u.prefill_cached_tokens,
+        u.decode_cached_tokens,
+        float(u.handoff_ms),
+        u.preemptions,
+        u.prefill_worker,
+        u.decode_worker,
+    ]
+
+
+def _unpack_usage(items: object) -> Usage:
+    if items == []:
+        return Usage()
+    f = _Fields(items, "Usage", 10)
+    return Usage(
+        f.text(), f.text(), f.text(), f.int(), f.int(), f.int(), f.float(), f.int(), f.text(), f.text()
+    )  # fmt: skip
+
+
+def _pack_end(e: End) -> list[Any]:
+    return ["E", PROTOCOL_VERSION, e.outcome, e.code, e.message, e.upto, _pack_usage(e.usage)]
+
+
+def _unpack_end(items: list[Any]) -> End:
+    f = _Fields(items, "End", 5)
+    outcome = f.word(OUTCOME_FINISHED, OUTCOME_CANCELLED, OUTCOME_ERROR)
+    return End(outcome, f.text(), f.text(MAX_TEXT), f.int(-1, MAX_TOKENS), _unpack_usage(f.take()))
+
+
+def _pack_params(p: SamplingParams) -> list[Any]:
+    floats = (p.temperature, p.top_p, p.min_p, p.presence_penalty, p.frequency_penalty, p.repetition_penalty)
+    bias = [(token, float(value)) for token, value in p.logit_bias]
+    return [
+        *(p.max_tokens, p.seed, p.min_tokens, p.top_k, p.n, p.logprobs, p.prompt_logprobs),
+        *map(float, floats),
+        bias,
+        p.stop_ids,
+    ]
+
+
+def _unpack_params(items: object) -> SamplingParams:
+    f = _Fields(items, "SamplingParams", 15)
+    max_tokens, seed, min_tokens = f.int(0, MAX_TOKENS), f.int(0, MAX_SEED), f.int(0, MAX_TOKENS)
+    top_k, n = f.int(0, MAX_TOKEN_ID), f.int(1, MAX_CHOICES)
+    logprobs, prompt_logprobs = f.optional_int(MAX_LOGPROBS), f.optional_int(MAX_LOGPROBS)
+    temperature, top_p, min_p = f.float(), f.float(), f.float()
+    presence, frequency, repetition = f.float(), f.float(), f.float()
+    pairs = [_Fields(item, "a logit bias", 2) for item in f.array(MAX_LOGIT_BIAS)]
+    bias = tuple((pair.int(0, MAX_TOKEN_ID), pair.float()) for pair in pairs)
+    return SamplingParams(
+        max_tokens=max_tokens,
+        seed=seed,
+        min_tokens=min_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        presence_penalty=presence,
+        frequency_penalty=frequency,
+        repetition_penalty=repetition,
+        logit_bias=bias,
+        stop_ids=f.ids(MAX_STOP_IDS),
+        n=n,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def _pack_job(j: Job) -> list[Any]:
+    names = (j.request_id, j.model, j.gateway, j.prefill_stream, j.decode_stream, j.adapter, j.tenant)
+    return ["J", PROTOCOL_VERSION, *names, j.priority, j.budget_ms, j.prompt_ids, _pack_params(j.params)]
+
+
+def _unpack_job(items: list[Any]) -> Job:
+    f = _Fields(items, "Job", 11)
+    request_id, model, gateway, prefill, decode_stream = f.text(), f.text(), f.text(), f.text(), f.text()
+    adapter, tenant, priority, budget_ms = f.text(), f.text(), f.int(-MAX_TOKEN_ID, MAX_TOKEN_ID), f.int()
+    return Job(
+        request_id=request_id,
+        model=model,
+        prompt_ids=f.ids(),
+        params=_unpack_params(f.take()),
+        gateway=gateway,
+        prefill_stream=prefill,
+        decode_stream=decode_stream,
+        adapter=adapter,
+        tenant=tenant,
+        priority=priority,
+        budget_ms=budget_ms,
+    )
+
+
+def _pack_beat(b: WorkerBeat) -> list[Any]:
+    names = (b.worker_id, b.role, b.state, b.model, b.numerics, b.layout, b.version)
+    counts = (b.running, b.waiting, b.kv_tokens, b.kv_tokens_used, b.max_request_tokens, b.requests_done, b.pid)
+    rates = (float(b.progress), float(b.tokens_per_second))
+    return ["W", PROTOCOL_VERSION, *names, *counts, *rates, b.addresses]
+
+
+def _unpack_beat(items: list[Any]) -> WorkerBeat:
+    f = _Fields(items, "WorkerBeat", 17)
+    worker_id, role, state, model = f.text(), f.word("prefill", "decode"), f.text(), f.text()
+    numerics, layout, version = f.text(), f.text(), f.text()
+    running, waiting, kv_tokens, used, longest, done, pid = (f.int() for _ in range(7))
+    progress, rate = f.float(), f.float()
+    pairs = [_Fields(item, "an address", 2) for item in f.array(MAX_ADDRESSES)]
+    return WorkerBeat(
+        worker_id=worker_id,
+        role=role,
+        state=state,
+        model=model,
+        numerics=numerics,
+        layout=layout,
+        addresses=tuple((pair.text(), pair.text()) for pair in pairs),
+        progress=progress,
+        running=running,
+        waiting=waiting,
+        kv_tokens=kv_tokens,
+        kv_tokens_used=used,
+        max_request_tokens=longest,
+        tokens_per_second=rate,
+        requests_done=done,
+        pid=pid,
+        version=version,
+    )
+
+
+_PACK: dict[type, Callable[[Any], list[Any]]] = {
+    Tokens: _pack_tokens,
+    Marker: _pack_marker,
+    End: _pack_end,
+    Job: _pack_job,
+    WorkerBeat: _pack_beat,
+}
+_UNPACK: dict[type, tuple[str, Callable[[list[Any]], Any]]] = {
+    Tokens: ("T", _unpack_tokens),
+    Marker: ("M", _unpack_marker),
+    End: ("E", _unpack_end),
+    Job: ("J", _unpack_job),
+    WorkerBeat: ("W", _unpack_beat),
+}
+_EVENTS: dict[bytes, type[Tokens] | type[Marker] | type[End]] = {b"T": Tokens, b"M": Marker, b"E": End}
