@@ -125,7 +125,7 @@ class GatewaySettings(_Section):
     max_prompts: int = Field(default=64, ge=1, le=1024)
     max_messages: int = Field(default=4096, ge=1, le=65536)
     body_timeout_s: float = Field(default=60.0, gt=0, le=3600)
-    header_timeout_s: float = Field(default=10.0, gt=0, le=600)
+    keepalive_timeout_s: float = Field(default=60.0, gt=0, le=3600)
     request_timeout_s: float = Field(default=600.0, gt=0, le=86400)
     stall_timeout_s: float = Field(default=30.0, gt=0, le=3600)
     ping_s: float = Field(default=15.0, gt=0, le=600)

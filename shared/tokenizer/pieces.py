@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tokenizers import Tokenizer
 
@@ -61,43 +61,25 @@ def read_rules(decoder: Mapping[str, object] | None) -> PieceRules:
 def _add_step(rules: PieceRules, step: Mapping[str, object]) -> PieceRules:
     kind = step.get("type")
     if kind == "ByteLevel":
-        return _with(rules, byte_level=True)
+        return replace(rules, byte_level=True)
     if kind == "ByteFallback":
-        return _with(rules, byte_fallback=True)
+        return replace(rules, byte_fallback=True)
     if kind == "Fuse":
         return rules
     if kind == "Replace":
         pattern = step.get("pattern")
         literal = pattern.get("String") if isinstance(pattern, Mapping) else None
         if isinstance(literal, str):
-            return _with(rules, replacements=(*rules.replacements, (literal, str(step.get("content", "")))))
+            return replace(rules, replacements=(*rules.replacements, (literal, str(step.get("content", "")))))
     if kind == "Strip" and step.get("content") == " " and step.get("stop") == 0:
-        return _with(rules, strip_left=int(str(step.get("start", 0))))
+        return replace(rules, strip_left=int(str(step.get("start", 0))))
     if kind == "Metaspace":
         mark = str(step.get("replacement", "▁"))
         first = mark if step.get("prepend_scheme", "always") != "never" else ""
-        return _with(rules, replacements=(*rules.replacements, (mark, " ")), drop_in_first=first)
+        return replace(rules, replacements=(*rules.replacements, (mark, " ")), drop_in_first=first)
     raise ModelFormatError(
         f"The tokenizer's decoder step {kind!r} is not supported; "
         "supported are ByteLevel, ByteFallback, Fuse, Metaspace, Replace of a literal and Strip of leading spaces."
-    )
-
-
-def _with(
-    rules: PieceRules,
-    *,
-    byte_level: bool | None = None,
-    byte_fallback: bool | None = None,
-    replacements: tuple[tuple[str, str], ...] | None = None,
-    drop_in_first: str | None = None,
-    strip_left: int | None = None,
-) -> PieceRules:
-    return PieceRules(
-        byte_level=rules.byte_level if byte_level is None else byte_level,
-        byte_fallback=rules.byte_fallback if byte_fallback is None else byte_fallback,
-        replacements=rules.replacements if replacements is None else replacements,
-        drop_in_first=rules.drop_in_first if drop_in_first is None else drop_in_first,
-        strip_left=rules.strip_left if strip_left is None else strip_left,
     )
 
 

@@ -1,0 +1,124 @@
+"""From settings to a running engine: load the model, size the KV cache, check the promise of equal tokens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psutil
+import structlog
+import torch
+
+from shared.config import EngineSettings
+from shared.engine.engine import Engine
+from shared.engine.runner import ModelRunner
+from shared.engine.scheduler import SchedulerLimits
+from shared.errors import ConfigurationError
+from shared.kv.cache import KVCache
+from shared.kv.layout import KVLayout
+from shared.model.decoder import Decoder
+from shared.model.invariance import ProbeResult, numerics_fingerprint, probe
+from shared.model.registry import load
+from shared.model.source import ModelSource
+
+log = structlog.get_logger()
+
+ROW_PAD = 4
+"""Rows every matrix product is padded to in the invariant mode (engine-rules: measured on MKL)."""
+
+_DEFAULT_CONTEXTS = 2
+_MEMORY_SHARE = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """An engine with everything its service has to know about it."""
+
+    engine: Engine
+    cache: KVCache
+    layout: KVLayout
+    numerics: str
+    max_model_len: int
+    invariance: ProbeResult
+    source: ModelSource
+
+    @property
+    def max_request_tokens(self) -> int:
+        """Longest prompt + output this worker can hold."""
+        return min(self.max_model_len, self.engine.max_request_tokens)
+
+
+def build_engine(
+    source: ModelSource,
+    settings: EngineSettings,
+    *,
+    prefill_share: float,
+    shared_cache: bool,
+    progress: Callable[[float], None] = lambda _: None,
+) -> BuiltEngine:
+    """Blocking, up to many seconds. Raises ConfigurationError or ModelFormatError with what to change."""
+    set_threads(settings.threads)
+    decoder = load(source, settings.device, settings.compute_dtype, progress, row_pad=ROW_PAD if settings.batch_invariant else 1)
+    layout = KVLayout(
+        num_layers=source.config.num_layers,
+        num_kv_heads=source.config.num_kv_heads,
+        head_dim=source.config.head_dim,
+        block_size=settings.block_size,
+        dtype=settings.cache_dtype,
+    )
+    max_model_len = min(settings.max_model_len or source.config.max_position, source.config.max_position)
+    num_blocks = 1 + layout.num_blocks(kv_tokens(settings, layout, max_model_len))
+    cache = KVCache(layout, num_blocks, settings.device, shared=shared_cache)
+    limits = SchedulerLimits(
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        enable_chunked_prefill=settings.enable_chunked_prefill,
+        prefill_share=prefill_share,
+        reserve_blocks=max(1, 32 // settings.block_size),
+    )
+    runner = ModelRunner(decoder, cache, settings.device)
+    engine = Engine(runner, limits, prefix_caching=settings.enable_prefix_caching)
+    invariance = check_invariance(decoder, layout, settings)
+    numerics = numerics_fingerprint(decoder, source, layout.dtype)
+    return BuiltEngine(engine, cache, layout, numerics, max_model_len, invariance, source)
+
+
+def check_invariance(decoder: Decoder, layout: KVLayout, settings: EngineSettings) -> ProbeResult:
+    """Run the start-up probe on the model's own shapes; where it fails, equality is not promised."""
+    if not settings.batch_invariant:
+        return ProbeResult(ok=False, detail="batch_invariant is off: tokens may depend on what runs beside them")
+    result = probe(decoder, layout)
+    if not result.ok:
+        log.warning("equal_tokens_not_promised", detail=result.detail)
+    return result
+
+
+def set_threads(threads: int | None) -> None:
+    """Fix the number of compute threads; None leaves one per core that this process may use."""
+    count = threads or len(os.sched_getaffinity(0))
+    if torch.get_num_threads() != count:
+        torch.set_num_threads(count)
+
+
+def kv_tokens(settings: EngineSettings, layout: KVLayout, max_model_len: int) -> int:
+    """Tokens of KV room: as set, or two full contexts, bounded by a share of the memory that is free."""
+    if settings.kv_cache_tokens is not None:
+        return settings.kv_cache_tokens
+    if settings.kv_cache_memory is not None:
+        return max(layout.block_size, settings.kv_cache_memory // layout.bytes_per_token)
+    affordable = int(free_memory(settings.device) * _MEMORY_SHARE) // layout.bytes_per_token
+    tokens = min(_DEFAULT_CONTEXTS * max_model_len, affordable)
+    if tokens < 4 * layout.block_size:
+        raise ConfigurationError(
+            f"only {affordable} tokens of KV cache fit into {_MEMORY_SHARE:.0%} of the free memory; "
+            "free some, or set SLIPSTREAM_ENGINE__KV_CACHE_MEMORY"
+        )
+    return tokens
+
+
+def free_memory(device: str) -> int:
+    """Free bytes on the device the cache will live on."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(torch.device(device))[0])
+    return int(psutil.virtual_memory().available)
