@@ -47,19 +47,79 @@ class WorkQueue:
         self._ready = True
 
     async def read(self, count: int, block_ms: int, streams: Sequence[str] | None = None) -> list[WorkItem]:
-        """Up to `count` new entries a stream, waiting at most `block_ms`; [] when there are none.
+        """Up to `count` new entries a stream, waiting at most `block_ms` (≥ 1); [] when there are none.
 
-        `streams` narrows the read to some of the queue's streams. Groups lost with a Redis are made again.
+        `streams` narrows the read to some of the queue's streams. Groups that a Redis lost are made again.
         """
-        raise NotImplementedError
+        if not self._ready:
+            await self.ensure()
+        wanted: dict[Any, Any] = dict.fromkeys(streams if streams is not None else self.streams, ">")
+        try:
+            reply = await self._reader.xreadgroup(
+                self._group, self.consumer, wanted, count=count, block=max(1, block_ms)
+            )
+        except ResponseError as error:
+            if not _is_group_lost(error):
+                raise
+            self._ready = False
+            return []
+        return [
+            (stream.decode(), entry_id.decode(), _text(fields))
+            for stream, entries in _items(reply)
+            for entry_id, fields in entries
+        ]
 
     async def pending_own(self) -> list[tuple[str, str, str | None]]:
-        """(stream, entry id, request id) of every entry delivered to this consumer and not yet gone.
+        """(stream, entry id, request id) of entries delivered to this consumer and not yet gone.
 
-        The request id is None when the entry's payload is gone.
+        At most `PENDING_PAGE` a stream. The request id is None when the entry's payload is gone.
         """
-        raise NotImplementedError
+        found: list[tuple[str, str, str | None]] = []
+        for stream in self.streams:
+            found += [(stream, *item) for item in await pending(self._commands, stream, self.consumer, self._group)]
+        return found
 
     async def refresh_private(self, streams: Sequence[str], ttl_ms: int) -> None:
-        """Let streams only this worker reads expire soon after its death."""
-        raise NotImplementedError
+        """Let streams that only this worker reads expire soon after its death."""
+        async with self._commands.pipeline(transaction=False) as pipe:
+            for stream in streams:
+                pipe.pexpire(stream, ttl_ms)
+            await pipe.execute()
+
+    async def remove_private(self, streams: Sequence[str]) -> None:
+        """Delete streams that only this worker reads, at the end of its self-test."""
+        if streams:
+            await self._commands.delete(*streams)
+
+
+async def pending(client: Redis, stream: str, consumer: str, group: str = GROUP) -> list[tuple[str, str | None]]:
+    """(entry id, request id or None) of what a consumer holds; reading them changes neither idle time nor count."""
+    try:
+        rows = await client.xpending_range(stream, group, "-", "+", PENDING_PAGE, consumername=consumer)
+    except ResponseError as error:
+        if _is_group_lost(error):
+            return []
+        raise
+    ids = [row["message_id"].decode() for row in rows]
+    if not ids:
+        return []
+    async with client.pipeline(transaction=False) as pipe:
+        for entry_id in ids:
+            pipe.xrange(stream, entry_id, entry_id)
+        replies = await pipe.execute()
+    return [
+        (entry_id, _text(reply[0][1]).get("id") if reply else None)
+        for entry_id, reply in zip(ids, replies, strict=True)
+    ]
+
+
+def _is_group_lost(error: ResponseError) -> bool:
+    return str(error).startswith(("NOGROUP", "UNBLOCKED"))
+
+
+def _items(reply: Any) -> list[tuple[bytes, list[Any]]]:
+    return list(reply.items()) if isinstance(reply, Mapping) else [tuple(item) for item in reply or []]
+
+
+def _text(fields: Mapping[bytes, bytes]) -> dict[str, str]:
+    return {key.decode(): value.decode("utf-8", "surrogateescape") for key, value in fields.items()}

@@ -52,9 +52,10 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence that has no blocks yet."""
+        """Run a sequence that has no blocks yet, or queue it: its block list tells which, right away."""
         sequence.status = Status.WAITING
         self.waiting.append(sequence)
+        self._admit()
 
     def start(self, sequence: Sequence) -> None:
         """Run a sequence whose blocks were reserved before."""
@@ -81,8 +82,8 @@ class Scheduler:
         budget = self._limits.max_num_batched_tokens - len(plan)
         if plan:
             budget = min(budget, max(self._block_size, int(budget * self._limits.prefill_share)))
-        budget = self._schedule_chunks(plan, budget)
-        self._admit(plan, budget)
+        self._admit()
+        self._schedule_chunks(plan, budget)
         return plan
 
     def _schedule_decodes(self) -> list[Scheduled]:
@@ -92,27 +93,18 @@ class Scheduler:
                 plan.append(Scheduled(sequence, 1))
         return plan
 
-    def _schedule_chunks(self, plan: list[Scheduled], budget: int) -> int:
+    def _schedule_chunks(self, plan: list[Scheduled], budget: int) -> None:
+        planned = {id(item.sequence) for item in plan}
         for sequence in self.running:
-            if sequence.num_pending > 1:
-                budget -= self._plan_chunk(plan, sequence, budget)
-        return budget
+            if budget > 0 and sequence.num_pending and id(sequence) not in planned and self._has_slots(sequence):
+                whole = sequence.num_pending
+                count = min(whole, budget) if self._limits.enable_chunked_prefill else whole
+                plan.append(Scheduled(sequence, count))
+                budget -= count
 
-    def _admit(self, plan: list[Scheduled], budget: int) -> None:
-        while self.waiting and budget > 0 and len(self.running) < self._limits.max_num_seqs:
-            sequence = self.waiting[0]
-            if not self._allocate(sequence):
-                break
-            self.waiting.popleft()
-            self.start(sequence)
-            budget -= self._plan_chunk(plan, sequence, budget)
-
-    def _plan_chunk(self, plan: list[Scheduled], sequence: Sequence, budget: int) -> int:
-        if budget <= 0:
-            return 0
-        count = min(sequence.num_pending, budget) if self._limits.enable_chunked_prefill else sequence.num_pending
-        plan.append(Scheduled(sequence, count))
-        return count
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self._limits.max_num_seqs and self._allocate(self.waiting[0]):
+            self.start(self.waiting.popleft())
 
     def _allocate(self, sequence: Sequence) -> bool:
         """Give a waiting sequence blocks for all its known tokens, cached prefix first."""
@@ -139,7 +131,7 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence) -> bool:
         """Make sure the next slot exists, preempting newer sequences if need be; False: not this step."""
-        while len(sequence.block_ids) * self._block_size < len(sequence.tokens):
+        while not self._has_slots(sequence):
             if self._blocks.can_allocate(1):
                 sequence.block_ids += self._blocks.allocate(1)
                 continue
@@ -150,6 +142,9 @@ class Scheduler:
             if victim is sequence:
                 return False
         return True
+
+    def _has_slots(self, sequence: Sequence) -> bool:
+        return len(sequence.block_ids) * self._block_size >= len(sequence.tokens)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

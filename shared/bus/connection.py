@@ -1,0 +1,80 @@
+"""Clients of the one Redis: every timeout and retry is set here, none is left to the library.
+
+Commands may be retried, because every script may be repeated. Blocking reads and subscriptions
+have clients of their own, with a socket timeout above their longest block and no silent retry:
+their loops have to notice a cut connection.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
+from redis.exceptions import AuthenticationError, RedisError
+
+from shared.errors import BusUnavailable, ConfigurationError
+
+MAX_BLOCK_MS = 2000
+COMMAND_TIMEOUT_S = 5.0
+CONNECT_TIMEOUT_S = 5.0
+BLOCKING_TIMEOUT_S = MAX_BLOCK_MS / 1000 + COMMAND_TIMEOUT_S
+MAX_CONNECTIONS = 64
+MIN_REDIS = (7, 0, 0)
+MIN_VALKEY = (8, 0, 0)
+
+
+def connect(url: str) -> Redis:
+    """Client for ordinary commands and scripts: 5 s timeout, 3 retries within about a second."""
+    return _client(url, COMMAND_TIMEOUT_S, Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), 3))
+
+
+def connect_blocking(url: str) -> Redis:
+    """Client for XREADGROUP and subscriptions: blocks of at most `MAX_BLOCK_MS`, no retries."""
+    return _client(url, BLOCKING_TIMEOUT_S, Retry(NoBackoff(), 0))
+
+
+def _client(url: str, timeout: float, retry: Retry) -> Redis:
+    keepalive = {} if url.startswith("unix:") else {"socket_keepalive": True}
+    try:
+        return Redis.from_url(
+            url,
+            socket_timeout=timeout,
+            socket_connect_timeout=CONNECT_TIMEOUT_S,
+            health_check_interval=15,
+            max_connections=MAX_CONNECTIONS,
+            retry=retry,
+            protocol=2,
+            legacy_responses=False,
+            decode_responses=False,
+            **keepalive,
+        )
+    except ValueError as error:
+        raise ConfigurationError(f"SLIPSTREAM_REDIS__URL is not a Redis URL: {error}") from None
+
+
+async def check(client: Redis) -> str:
+    """Ask for the server's version and check it; answers "Valkey 9.1.2" or "Redis 7.0.15"."""
+    try:
+        info = await client.info("server")
+    except AuthenticationError:
+        raise ConfigurationError("Redis refused the password; set it in SLIPSTREAM_REDIS__URL") from None
+    except (RedisError, OSError) as error:
+        raise BusUnavailable(f"Redis cannot be reached ({type(error).__name__}); is SLIPSTREAM_REDIS__URL right?") from None
+    return require_version(info)
+
+
+def require_version(info: Mapping[str, Any]) -> str:
+    """Name and version from INFO server; raises ConfigurationError below Redis 7.0 and Valkey 8.0."""
+    is_valkey = info.get("server_name") == "valkey" or "valkey_version" in info
+    text = str(info.get("valkey_version" if is_valkey else "redis_version", ""))
+    name, least = ("Valkey", MIN_VALKEY) if is_valkey else ("Redis", MIN_REDIS)
+    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", text)
+    if found is None:
+        raise ConfigurationError(f"the server at SLIPSTREAM_REDIS__URL does not tell its version (it says {text!r})")
+    if tuple(int(part or 0) for part in found.groups()) < least:
+        raise ConfigurationError(f"{name} {text} is too old; Slipstream needs Redis ≥ 7.0 or Valkey ≥ 8.0")
+    return f"{name} {text}"
