@@ -56,11 +56,11 @@ def _check_message(item: Any, at: str) -> Message:
     if role == "tool":
         raise InvalidRequest(f"{at}: tool messages are not supported.", f"{at}.role", "unsupported_value")
     message: Message = {"role": "system" if role == "developer" else role, "content": _check_content(item, at)}
-    name: Any = item.get("name")
-    if name is not None:
-        if not isinstance(name, str) or len(name) > 256:
+    author: Any = item.get("name")
+    if author is not None:
+        if not isinstance(author, str) or len(author) > 256:
             raise InvalidRequest(f"{at}.name must be a string of at most 256 characters.", f"{at}.name")
-        message["name"] = name
+        message["name"] = author
     return message
 
 

@@ -56,6 +56,11 @@ def _client(url: str, timeout: float, retry: Retry) -> Redis:
         raise ConfigurationError(f"SLIPSTREAM_REDIS__URL is not a Redis URL: {error}") from None
 
 
+def as_text(value: bytes | str | int) -> str:
+    """A reply's text; our clients answer bytes, the library's types allow more."""
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
 async def check(client: Redis) -> str:
     """Ask for the server's version and check it; answers "Valkey 9.1.2" or "Redis 7.0.15"."""
     try:
@@ -63,7 +68,9 @@ async def check(client: Redis) -> str:
     except AuthenticationError:
         raise ConfigurationError("Redis refused the password; set it in SLIPSTREAM_REDIS__URL") from None
     except (RedisError, OSError) as error:
-        raise BusUnavailable(f"Redis cannot be reached ({type(error).__name__}); is SLIPSTREAM_REDIS__URL right?") from None
+        raise BusUnavailable(
+            f"Redis cannot be reached ({type(error).__name__}); is SLIPSTREAM_REDIS__URL right?"
+        ) from None
     return require_version(info)
 
 

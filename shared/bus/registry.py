@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import structlog
 from redis.asyncio import Redis
 
+from shared.bus.connection import as_text
 from shared.errors import ProtocolError
 from shared.protocol.codec import decode, encode
 from shared.protocol.keys import Keys
@@ -41,7 +42,7 @@ class Registry:
 
     async def live(self) -> list[WorkerBeat]:
         """Beats of all live workers, by role and id. A beat that cannot be read is logged and left out."""
-        ids = sorted(member.decode() for member in await self._client.smembers(self._keys.workers))
+        ids = sorted(as_text(member) for member in await self._client.smembers(self._keys.workers))
         if not ids:
             return []
         values = await self._client.mget([self._keys.worker(worker_id) for worker_id in ids])
@@ -70,11 +71,11 @@ class Registry:
         return {name for name, value in zip(names, values, strict=True) if value is None}
 
 
-def _decoded(values: Iterable[bytes]) -> list[WorkerBeat]:
+def _decoded(values: Iterable[bytes | str]) -> list[WorkerBeat]:
     beats = []
     for value in values:
         try:
-            beats.append(decode(WorkerBeat, value))
+            beats.append(decode(WorkerBeat, value if isinstance(value, bytes) else value.encode()))
         except ProtocolError as error:
             _log.warning("worker_beat_unreadable", error=str(error))
     return beats

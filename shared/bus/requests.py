@@ -130,7 +130,16 @@ class RequestStore:
         _, epoch, owner, remaining, deaths, address, job, log = reply
         nonce = owner.decode().rpartition(":")[2]
         return Offer(
-            request_id, stream, entry_id, decode(Job, job), epoch, nonce, address, _entries(log), _remaining(remaining), deaths
+            request_id,
+            stream,
+            entry_id,
+            decode(Job, job),
+            epoch,
+            nonce,
+            address,
+            _entries(log),
+            _remaining(remaining),
+            deaths,
         )
 
     async def touch(self, lease: Lease) -> Touched:
@@ -145,7 +154,9 @@ class RequestStore:
         All choices of one request may be in one call. The publications of a call reach each
         gateway as one message.
         """
-        calls = [_append_call(self.keys, appends[i : i + APPENDS_A_CALL]) for i in range(0, len(appends), APPENDS_A_CALL)]
+        calls = [
+            _append_call(self.keys, appends[i : i + APPENDS_A_CALL]) for i in range(0, len(appends), APPENDS_A_CALL)
+        ]
         if not calls:
             return []
         replies = await self.scripts["append"].pipeline(self._client, calls)

@@ -31,10 +31,10 @@ class Script:
 
     async def __call__(self, client: Redis, keys: Sequence[str], args: Sequence[Arg]) -> Any:
         try:
-            return await client.evalsha(self.sha, len(keys), *keys, *args)  # type: ignore[arg-type]
+            return await client.evalsha(self.sha, len(keys), *keys, *args)
         except NoScriptError:
             await client.script_load(self.text)
-            return await client.evalsha(self.sha, len(keys), *keys, *args)  # type: ignore[arg-type]
+            return await client.evalsha(self.sha, len(keys), *keys, *args)
 
     async def pipeline(self, client: Redis, calls: Sequence[tuple[Sequence[str], Sequence[Arg]]]) -> list[Any]:
         """Several calls in one round trip; loads the script and repeats only calls that found it missing."""
@@ -56,5 +56,5 @@ class Script:
             return [await self(client, keys, args)]
         async with client.pipeline(transaction=False) as pipe:
             for keys, args in calls:
-                pipe.evalsha(self.sha, len(keys), *keys, *args)  # type: ignore[arg-type]
+                pipe.evalsha(self.sha, len(keys), *keys, *args)
             return list(await pipe.execute(raise_on_error=False))

@@ -12,6 +12,7 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
+from shared.bus.connection import as_text
 from shared.protocol.keys import GROUP
 
 PENDING_PAGE = 200
@@ -47,7 +48,7 @@ class WorkQueue:
         self._ready = True
 
     async def read(self, count: int, block_ms: int, streams: Sequence[str] | None = None) -> list[WorkItem]:
-        """Up to `count` new entries a stream, waiting at most `block_ms` (≥ 1); [] when there are none.
+        """Up to `count` new entries a stream, waiting at most `block_ms` (0: not at all).
 
         `streams` narrows the read to some of the queue's streams. Groups that a Redis lost are made again.
         """
@@ -56,7 +57,7 @@ class WorkQueue:
         wanted: dict[Any, Any] = dict.fromkeys(streams if streams is not None else self.streams, ">")
         try:
             reply = await self._reader.xreadgroup(
-                self._group, self.consumer, wanted, count=count, block=max(1, block_ms)
+                self._group, self.consumer, wanted, count=count, block=block_ms or None
             )
         except ResponseError as error:
             if not _is_group_lost(error):
@@ -100,7 +101,7 @@ async def pending(client: Redis, stream: str, consumer: str, group: str = GROUP)
         if _is_group_lost(error):
             return []
         raise
-    ids = [row["message_id"].decode() for row in rows]
+    ids = [as_text(row["message_id"]) for row in rows]
     if not ids:
         return []
     async with client.pipeline(transaction=False) as pipe:

@@ -114,6 +114,16 @@ class Engine:
         """End a sequence in any state and release its blocks. May be repeated."""
         self.scheduler.remove(sequence)
 
+    def retain_blocks(self, sequence: Sequence) -> list[int]:
+        """Give a hand-off its own reference to the sequence's blocks, so that they outlive the sequence."""
+        blocks = list(sequence.block_ids)
+        self.blocks.retain(blocks)
+        return blocks
+
+    def release_blocks(self, blocks: list[int]) -> None:
+        """The hand-off's reader has let go."""
+        self.blocks.release(blocks)
+
     def step(self) -> list[Output]:
         """Compute one ragged batch; an empty list means that nothing could run."""
         plan = self.scheduler.schedule()

@@ -51,6 +51,11 @@ def create_pool_file(num_bytes: int, folder: Path = SHARED_MEMORY) -> PoolFile:
     return PoolFile(path, fd, num_bytes)
 
 
+def is_pool_path(path: Path, folder: Path = SHARED_MEMORY) -> bool:
+    """Whether `path`, which a peer named, is where pool files live: nothing else may be opened for it."""
+    return path.parent == folder and path.name.startswith(_PREFIX)
+
+
 def remove_stale_pool_files(folder: Path = SHARED_MEMORY) -> int:
     """Unlink the pool files of dead owners; returns how many."""
     removed = 0

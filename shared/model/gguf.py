@@ -93,6 +93,7 @@ class GGUFFile:
         self.path = Path(path)
         self._data = _mapped(self.path)
         self.header = _HeaderReader(self.path, self._data).header()
+        self.shapes = {name: info.shape for name, info in self.header.tensors.items()}
 
     def read(self, name: str) -> npt.NDArray[np.float32]:
         """One tensor as float32 in its own memory. KeyError if there is none of this name."""

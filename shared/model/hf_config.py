@@ -134,7 +134,7 @@ def _rotary(name: str, config: Json, *, qkv_bias: bool, attn_out_bias: bool, **s
         attn_out_bias=attn_out_bias,
         mlp_bias=bool(special.get("mlp_bias", False)),
         qk_norm=bool(special.get("qk_norm", False)),
-        tie_word_embeddings=_bool(config, "tie_word_embeddings", bool(special.get("tied", False))),
+        tie_word_embeddings=_bool(config, "tie_word_embeddings", False),
         sliding_window=special.get("sliding_window"),
         eos_ids=token_ids(config, "eos_token_id"),
         bos_id=_bos(config),
@@ -149,7 +149,7 @@ def _llama(name: str, config: Json) -> ModelConfig:
 
 
 def _mistral(name: str, config: Json) -> ModelConfig:
-    window = _int(config, "sliding_window") if config.get("sliding_window") is not None else None
+    window = None if config.get("sliding_window", 4096) is None else _int(config, "sliding_window", 4096)
     return _rotary(name, config, qkv_bias=False, attn_out_bias=False, sliding_window=window)
 
 
@@ -166,7 +166,8 @@ def _qwen2(name: str, config: Json) -> ModelConfig:
 def _qwen3(name: str, config: Json) -> ModelConfig:
     _refuse_mixed_windows(config)
     bias = _bool(config, "attention_bias", False)
-    return _rotary(name, config, qkv_bias=bias, attn_out_bias=bias, qk_norm=True)
+    head_dim = _int(config, "head_dim", 128)
+    return _rotary(name, {**config, "head_dim": head_dim}, qkv_bias=bias, attn_out_bias=bias, qk_norm=True)
 
 
 def _learned(name: str, config: Json, num_kv_heads: int | None, activation: str) -> ModelConfig:

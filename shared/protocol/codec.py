@@ -69,7 +69,7 @@ class _Fields:
     def bad(self, expected: str) -> ProtocolError:
         return ProtocolError(f"field {self._at} of {self._what} is not {expected}")
 
-    def int(self, low: int = 0, high: int = MAX_INT) -> int:
+    def integer(self, low: int = 0, high: int = MAX_INT) -> int:
         value = self.take()
         if type(value) is not int or not low <= value <= high:
             raise self.bad(f"an integer of {low}..{high}")
@@ -78,9 +78,9 @@ class _Fields:
     def optional_int(self, high: int) -> int | None:
         if self._items[self._at] is None:
             return cast(None, self.take())
-        return self.int(0, high)
+        return self.integer(0, high)
 
-    def float(self) -> float:
+    def number(self) -> float:
         value = self.take()
         if type(value) is not float or not math.isfinite(value):
             raise self.bad("a finite number")
@@ -134,7 +134,8 @@ def decode_event(kind: bytes, data: bytes) -> Event:
     cls = _EVENTS.get(kind)
     if cls is None:
         raise ProtocolError(f"unknown kind of journal entry {kind[:16]!r}")
-    return cast(Event, decode(cls, data))
+    event: Event = _UNPACK[cls][1](_unpack_array(data, _UNPACK[cls][0]))
+    return event
 
 
 def encode_usage(usage: Usage) -> bytes:
@@ -151,7 +152,9 @@ def _unpackb(data: bytes, *, raw: bool) -> Any:
     if len(data) > MAX_MESSAGE_BYTES:
         raise ProtocolError(f"a message of {len(data)} bytes is larger than {MAX_MESSAGE_BYTES}")
     try:
-        return msgpack.unpackb(data, raw=raw, strict_map_key=True, max_array_len=MAX_TOKENS, max_map_len=0, max_ext_len=0)
+        return msgpack.unpackb(
+            data, raw=raw, strict_map_key=True, max_array_len=MAX_TOKENS, max_map_len=0, max_ext_len=0
+        )
     except (ValueError, msgpack.UnpackException, RecursionError) as error:
         raise ProtocolError(f"a message is not valid msgpack: {type(error).__name__}") from None
 
@@ -179,7 +182,7 @@ def _logprob(value: object) -> TokenLogprob:
     top: list[tuple[int, float]] = []
     for item in fields.array(MAX_LOGPROBS):
         pair = _Fields(item, "an alternative", 2)
-        top.append((pair.int(0, MAX_TOKEN_ID), _probability(pair.take())))
+        top.append((pair.integer(0, MAX_TOKEN_ID), _probability(pair.take())))
     return TokenLogprob(logprob, tuple(top))
 
 
@@ -197,7 +200,13 @@ def _pack_tokens(t: Tokens) -> list[Any]:
 
 def _unpack_tokens(items: list[Any]) -> Tokens:
     f = _Fields(items, "Tokens", 8)
-    choice, base, h_base, h, tokens = f.int(0, MAX_CHOICES - 1), f.int(0, MAX_TOKENS), f.hash(), f.hash(), f.ids()
+    choice, base, h_base, h, tokens = (
+        f.integer(0, MAX_CHOICES - 1),
+        f.integer(0, MAX_TOKENS),
+        f.hash(),
+        f.hash(),
+        f.ids(),
+    )
     logprobs = tuple(map(_logprob, f.array(MAX_TOKENS)))
     if logprobs and len(logprobs) != len(tokens):
         raise ProtocolError(f"Tokens has {len(tokens)} tokens but {len(logprobs)} log-probs")
@@ -242,7 +251,7 @@ def _unpack_usage(items: object) -> Usage:
         return Usage()
     f = _Fields(items, "Usage", 10)
     return Usage(
-        f.text(), f.text(), f.text(), f.int(), f.int(), f.int(), f.float(), f.int(), f.text(), f.text()
+        f.text(), f.text(), f.text(), f.integer(), f.integer(), f.integer(), f.number(), f.integer(), f.text(), f.text()
     )  # fmt: skip
 
 
@@ -253,7 +262,7 @@ def _pack_end(e: End) -> list[Any]:
 def _unpack_end(items: list[Any]) -> End:
     f = _Fields(items, "End", 5)
     outcome = f.word(OUTCOME_FINISHED, OUTCOME_CANCELLED, OUTCOME_ERROR)
-    return End(outcome, f.text(), f.text(MAX_TEXT), f.int(-1, MAX_TOKENS), _unpack_usage(f.take()))
+    return End(outcome, f.text(), f.text(MAX_TEXT), f.integer(-1, MAX_TOKENS), _unpack_usage(f.take()))
 
 
 def _pack_params(p: SamplingParams) -> list[Any]:
@@ -269,13 +278,13 @@ def _pack_params(p: SamplingParams) -> list[Any]:
 
 def _unpack_params(items: object) -> SamplingParams:
     f = _Fields(items, "SamplingParams", 15)
-    max_tokens, seed, min_tokens = f.int(0, MAX_TOKENS), f.int(0, MAX_SEED), f.int(0, MAX_TOKENS)
-    top_k, n = f.int(0, MAX_TOKEN_ID), f.int(1, MAX_CHOICES)
+    max_tokens, seed, min_tokens = f.integer(0, MAX_TOKENS), f.integer(0, MAX_SEED), f.integer(0, MAX_TOKENS)
+    top_k, n = f.integer(0, MAX_TOKEN_ID), f.integer(1, MAX_CHOICES)
     logprobs, prompt_logprobs = f.optional_int(MAX_LOGPROBS), f.optional_int(MAX_LOGPROBS)
-    temperature, top_p, min_p = f.float(), f.float(), f.float()
-    presence, frequency, repetition = f.float(), f.float(), f.float()
+    temperature, top_p, min_p = f.number(), f.number(), f.number()
+    presence, frequency, repetition = f.number(), f.number(), f.number()
     pairs = [_Fields(item, "a logit bias", 2) for item in f.array(MAX_LOGIT_BIAS)]
-    bias = tuple((pair.int(0, MAX_TOKEN_ID), pair.float()) for pair in pairs)
+    bias = tuple((pair.integer(0, MAX_TOKEN_ID), pair.number()) for pair in pairs)
     return SamplingParams(
         max_tokens=max_tokens,
         seed=seed,
@@ -303,7 +312,7 @@ def _pack_job(j: Job) -> list[Any]:
 def _unpack_job(items: list[Any]) -> Job:
     f = _Fields(items, "Job", 11)
     request_id, model, gateway, prefill, decode_stream = f.text(), f.text(), f.text(), f.text(), f.text()
-    adapter, tenant, priority, budget_ms = f.text(), f.text(), f.int(-MAX_TOKEN_ID, MAX_TOKEN_ID), f.int()
+    adapter, tenant, priority, budget_ms = f.text(), f.text(), f.integer(-MAX_TOKEN_ID, MAX_TOKEN_ID), f.integer()
     return Job(
         request_id=request_id,
         model=model,
@@ -320,18 +329,27 @@ def _unpack_job(items: list[Any]) -> Job:
 
 
 def _pack_beat(b: WorkerBeat) -> list[Any]:
-    names = (b.worker_id, b.role, b.state, b.model, b.numerics, b.layout, b.version)
-    counts = (b.running, b.waiting, b.kv_tokens, b.kv_tokens_used, b.max_request_tokens, b.requests_done, b.pid)
+    names = (b.worker_id, b.role, b.state, b.model, b.numerics, b.layout, b.version, b.host)
+    counts = (
+        b.running,
+        b.waiting,
+        b.kv_tokens,
+        b.kv_tokens_used,
+        b.max_request_tokens,
+        b.requests_done,
+        b.pid,
+        int(b.equal_tokens),
+    )
     rates = (float(b.progress), float(b.tokens_per_second))
     return ["W", PROTOCOL_VERSION, *names, *counts, *rates, b.addresses]
 
 
 def _unpack_beat(items: list[Any]) -> WorkerBeat:
-    f = _Fields(items, "WorkerBeat", 17)
+    f = _Fields(items, "WorkerBeat", 19)
     worker_id, role, state, model = f.text(), f.word("prefill", "decode"), f.text(), f.text()
-    numerics, layout, version = f.text(), f.text(), f.text()
-    running, waiting, kv_tokens, used, longest, done, pid = (f.int() for _ in range(7))
-    progress, rate = f.float(), f.float()
+    numerics, layout, version, host = f.text(), f.text(), f.text(), f.text()
+    running, waiting, kv_tokens, used, longest, done, pid, equal = (f.integer() for _ in range(8))
+    progress, rate = f.number(), f.number()
     pairs = [_Fields(item, "an address", 2) for item in f.array(MAX_ADDRESSES)]
     return WorkerBeat(
         worker_id=worker_id,
@@ -351,6 +369,8 @@ def _unpack_beat(items: list[Any]) -> WorkerBeat:
         requests_done=done,
         pid=pid,
         version=version,
+        host=host,
+        equal_tokens=bool(equal),
     )
 
 

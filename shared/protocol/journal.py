@@ -67,7 +67,7 @@ class ChoiceState:
         n = len(self.tokens)
         if event.base > n:
             raise Gap(f"an entry starts at token {event.base} but only {n} are known")
-        if event.base < n and self.hash_at(event.base) != event.h_base or event.base == n and self.h != event.h_base:
+        if self.hash_at(event.base) != event.h_base:
             raise Divergence(f"an entry does not continue the {n} tokens held")
         if not event.tokens:
             return self._finish(event)
@@ -87,7 +87,9 @@ class ChoiceState:
 
     def _append(self, event: Tokens, skip: int) -> Tokens | None:
         new = event.tokens[skip:]
-        finishes = event.finish is not None and self.finish is None and event.base + len(event.tokens) >= len(self.tokens)
+        finishes = (
+            event.finish is not None and self.finish is None and event.base + len(event.tokens) >= len(self.tokens)
+        )
         if self.finish is not None or not (new or finishes):
             return None
         fresh = event

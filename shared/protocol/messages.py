@@ -130,7 +130,8 @@ class WorkerBeat:
     """A worker's heartbeat: who it is, what it can do, how loaded it is.
 
     `state` is "loading" | "probing" | "ready" | "draining". `kv_tokens` is the whole KV room in
-    tokens, `max_request_tokens` the longest request (prompt + output) it can ever hold.
+    tokens, `max_request_tokens` the longest request (prompt + output) it can ever hold. `equal_tokens`: the start-up
+    probe found that a row's result does not depend on its neighbours, so equal requests give equal tokens.
     `addresses` maps a transport's name to where a peer reaches this worker by it.
     """
 
@@ -151,3 +152,5 @@ class WorkerBeat:
     requests_done: int = 0
     pid: int = 0
     version: str = ""
+    host: str = ""
+    equal_tokens: bool = False

@@ -30,6 +30,7 @@ def byte_alphabet() -> dict[str, int]:
 
 
 _BYTES_OF = byte_alphabet()
+_CHAR_OF = {byte: char for char, byte in _BYTES_OF.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,10 @@ class Pieces:
         if not self._rules.drop_in_first:
             return self.of(token)
         return self._bytes((self._text(token) or "").replace(self._rules.drop_in_first, ""))
+
+    def in_alphabet(self, text: str) -> str:
+        """Text as the vocabulary spells it: one character a byte in a byte-level vocabulary, else unchanged."""
+        return "".join(_CHAR_OF[byte] for byte in text.encode()) if self._rules.byte_level else text
 
     def _text(self, token: int) -> str | None:
         known = 0 <= token < 2**32

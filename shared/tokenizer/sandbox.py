@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NoReturn
@@ -28,16 +28,39 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-_BUDGET = "slipstream_budget"
-_EACH = "slipstream each"  # the blanks keep templates from naming these filters
+_BUDGET = "slipstream budget"  # the blanks in these names keep templates from using them
+_EACH = "slipstream each"
 _CONCAT = "slipstream concat"
 _MAX_INT_BITS = 4096
 _MAX_INDENT = 64
 
 _KEPT_FILTERS = (
-    "abs batch capitalize count d default dictsort e escape first float groupby int items last length list lower map "
-    "max min reject rejectattr reverse round safe select selectattr slice sort string sum title trim unique upper"
-).split()
+    "abs",
+    "count",
+    "d",
+    "default",
+    "dictsort",
+    "first",
+    "float",
+    "int",
+    "items",
+    "last",
+    "length",
+    "list",
+    "map",
+    "max",
+    "min",
+    "reject",
+    "rejectattr",
+    "reverse",
+    "round",
+    "select",
+    "selectattr",
+    "sort",
+    "sum",
+    "unique",
+)
+_TEXT_FILTERS = ("capitalize", "e", "escape", "lower", "safe", "string", "title", "trim", "upper")
 _DENIED_STR_METHODS = frozenset(
     ("center", "encode", "expandtabs", "format", "format_map", "ljust", "maketrans", "rjust", "translate", "zfill")
 )
@@ -149,6 +172,18 @@ def tojson(
     return _escape_non_ascii(text) if ensure_ascii else text
 
 
+def _of_text(name: str) -> Callable[..., Any]:
+    """A filter that first makes a string of its input, with the size of that string checked."""
+
+    @pass_context
+    def checked(context: Context, value: object, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(value, str):
+            _budget(context).allow_value(value)
+        return FILTERS[name](value, *args, **kwargs)
+
+    return checked
+
+
 @pass_context
 def _join(context: Context, value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
     items = list(value)
@@ -160,6 +195,7 @@ def _join(context: Context, value: Iterable[Any], d: str = "", attribute: str | 
 
 @pass_context
 def _replace(context: Context, value: object, old: str, new: str, count: int | None = None) -> str:
+    _budget(context).allow_value(value)
     text = str(value)
     _allow_replace(_budget(context), text, old, new)
     return text.replace(old, new, -1 if count is None else count)
@@ -228,6 +264,7 @@ class ChatSandbox(ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
         self.filters = {name: FILTERS[name] for name in _KEPT_FILTERS}
+        self.filters |= {name: _of_text(name) for name in _TEXT_FILTERS}
         self.filters |= {"tojson": tojson, "join": _join, "replace": _replace, "indent": _indent}
         self.filters |= {_EACH: _each, _CONCAT: _concat}
         self.globals = {
@@ -240,21 +277,27 @@ class ChatSandbox(ImmutableSandboxedEnvironment):
         self.finalize = _finalize
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree = _Guard().visit(super()._parse(source, name, filename))
+        tree: nodes.Template = _Guard().visit(super()._parse(source, name, filename))
         tree.set_environment(self)
         return tree
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """Jinja's own hook for str.format, whose widths are a way to any amount of memory."""
+        if isinstance(getattr(value, "__self__", None), str) and getattr(value, "__name__", "") in _DENIED_STR_METHODS:
+            raise SecurityError(f"the string method {value.__name__} is not supported in chat templates; use ~")
+        return None
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, str) and attr in _DENIED_STR_METHODS:
             return False
         return not isinstance(obj, Budget) and super().is_safe_attribute(obj, attr, value)
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         budget = _budget(__context)
         budget.tick()
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if isinstance(owner, str) and name == "join":
-            items = list(*args)
+            items: list[Any] = list(*args)
             budget.allow_value(*items)
             budget.allow(len(owner) * len(items))
             return owner.join(items)
@@ -312,5 +355,3 @@ def render_bounded(template: Template, variables: Mapping[str, object], limits: 
         budget.allow(size)
         parts.append(part)
     return "".join(parts)
-
-

@@ -20,6 +20,16 @@ TAIL = "\udfff"  # stands after a final message that is to be continued
 _STAND_INS = range(0xD800, 0xDFFF)
 
 
+def check_text(text: str, param: str) -> None:
+    """Raise InvalidRequest for text that is not valid Unicode (a lone surrogate, which JSON can carry)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest(
+            f"The {param} holds half a surrogate pair, which is no character; send whole characters.", param=param
+        ) from None
+
+
 def map_strings(value: object, change: Callable[[str], str], depth: int = 0) -> object:
     """Copy JSON-like data with every string in it, keys included, changed.
 

@@ -1,0 +1,150 @@
+"""Commands of `slipstream`; each only reads its flags and calls the module that does the work."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any
+
+import typer
+
+from services.bench.options import bench
+from services.cli import flags
+from services.cli.flags import with_flags
+from shared.config import Settings, load_settings, unknown_variables
+from shared.errors import ConfigurationError, SlipstreamError
+from shared.lifecycle import EXIT_USAGE, run_service
+from shared.observability.logging import configure_logging
+
+app = typer.Typer(
+    name="slipstream",
+    help="Serves large language models with prefill and decode split into services.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(bench)
+
+Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a GGUF file, or smollm2.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+@with_flags(*flags.ALL)
+def serve(
+    model: Model = "smollm2",
+    prefill: Annotated[int, typer.Option(min=1, max=64, help="Prefill workers.")] = 1,
+    decode: Annotated[int, typer.Option(min=1, max=64, help="Decode workers.")] = 1,
+    *,
+    overrides: dict[str, Any],
+) -> None:
+    """Start everything on this machine: the bus, prefill, decode and the gateway, as separate processes."""
+    from services.cli.serve import Cluster
+
+    overrides["model"] = model
+    settings = _settings(overrides, configure=False)
+    raise typer.Exit(run_service(Cluster(settings, overrides, prefill, decode).run))
+
+
+@app.command()
+@with_flags(*flags.COMMON, *flags.MODEL, *flags.GATEWAY)
+def gateway(*, overrides: dict[str, Any]) -> None:
+    """Run one gateway against a Redis URL."""
+    from services.gateway.app import run_gateway
+
+    _run(overrides, run_gateway)
+
+
+@app.command()
+@with_flags(*flags.WORKER)
+def prefill(*, overrides: dict[str, Any]) -> None:
+    """Run one prefill worker against a Redis URL."""
+    from services.prefill.main import run_prefill
+
+    _run(overrides, run_prefill)
+
+
+@app.command()
+@with_flags(*flags.WORKER)
+def decode(*, overrides: dict[str, Any]) -> None:
+    """Run one decode worker against a Redis URL."""
+    from services.decode.main import run_decode
+
+    _run(overrides, run_decode)
+
+
+@app.command()
+def chat(
+    prompt: Annotated[str | None, typer.Argument(help="Ask once; without it, a conversation begins.")] = None,
+    url: Annotated[str, typer.Option(help="The gateway.")] = "http://127.0.0.1:8000",
+    model: Annotated[str, typer.Option(help="Model name; the first one served when empty.")] = "",
+    api_key: Annotated[str, typer.Option(envvar="SLIPSTREAM_API_KEY", help="Key of the gateway.")] = "",
+    temperature: Annotated[float | None, typer.Option(min=0.0, max=2.0)] = None,
+) -> None:
+    """Talk to a running gateway; /bye ends."""
+    from services.cli.chat import Chat
+
+    raise typer.Exit(asyncio.run(Chat(url, model, api_key, temperature).run(prompt)))
+
+
+@app.command()
+@with_flags(*flags.COMMON)
+def ps(
+    json_output: Json = False,
+    check: Annotated[str, typer.Option(help="Exit 0 only if this host's ROLE (gateway, prefill, decode) is ready.")] = "",
+    *,
+    overrides: dict[str, Any],
+) -> None:
+    """Show live workers: role, state, running, waiting, KV use, tokens/s."""
+    from services.cli.ps import run_ps
+
+    settings = _settings(overrides, configure=False)
+    raise typer.Exit(_tell(lambda: asyncio.run(run_ps(settings, as_json=json_output, check=check))))
+
+
+@app.command()
+@with_flags(*flags.COMMON)
+def doctor(json_output: Json = False, *, overrides: dict[str, Any]) -> None:
+    """Report what this machine has and what is missing, for an issue or for yourself."""
+    from services.cli.doctor import run_doctor
+
+    settings = _settings(overrides, configure=False)
+    raise typer.Exit(_tell(lambda: asyncio.run(run_doctor(settings, as_json=json_output))))
+
+
+def _run(overrides: dict[str, Any], service: Callable[[Settings, asyncio.Event], Awaitable[None]]) -> None:
+    settings = _settings(overrides)
+    if not settings.redis.url:
+        _fail("one role alone needs a Redis to meet the others: set --redis-url or SLIPSTREAM_REDIS__URL")
+    raise typer.Exit(run_service(lambda stop: service(settings, stop)))
+
+
+def _settings(overrides: dict[str, Any], *, configure: bool = True) -> Settings:
+    try:
+        settings = load_settings(**overrides)
+    except ConfigurationError as error:
+        _fail(str(error))
+    for name in unknown_variables():
+        print(f"slipstream: warning: {name} is not a setting; see docs/operations.md for those there are", file=sys.stderr)
+    if configure:
+        configure_logging(settings.log_level, settings.log_format)
+    return settings
+
+
+def _tell(command: Callable[[], int]) -> int:
+    try:
+        return command()
+    except SlipstreamError as error:
+        print(f"slipstream: {error}", file=sys.stderr)
+        return 1
+
+
+def _fail(message: str) -> Any:
+    print(f"slipstream: {message}", file=sys.stderr)
+    raise typer.Exit(EXIT_USAGE)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

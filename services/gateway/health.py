@@ -1,0 +1,105 @@
+"""What the gateway knows of the cluster: live workers, whether Redis answers, whether it can serve.
+
+`/live` says that the process turns, `/health` that a request would be served now.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import structlog
+from redis.exceptions import RedisError
+
+from services.gateway.params import Limits
+from shared.bus.registry import Registry
+from shared.errors import BusUnavailable, NoWorkers
+from shared.protocol.keys import ROLES
+from shared.protocol.messages import WorkerBeat
+
+_READY = "ready"
+
+_log = structlog.get_logger()
+
+
+class ClusterView:
+    """The latest heartbeats of the workers of one model, refreshed by `run`; also beats for the gateway itself."""
+
+    def __init__(self, registry: Registry, gateway_id: str, model: str, interval_s: float, ttl_s: float) -> None:
+        self._registry = registry
+        self._gateway_id = gateway_id
+        self._model = model
+        self._interval_s = interval_s
+        self._ttl_s = ttl_s
+        self._seen_at: float | None = None
+        self.beats: tuple[WorkerBeat, ...] = ()
+        self.draining = False
+
+    async def run(self) -> None:
+        """Refresh for ever; ends by cancellation only."""
+        while True:
+            await asyncio.sleep(self._interval_s)
+            try:
+                await self.refresh()
+            except (RedisError, OSError) as exc:
+                _log.warning("cluster_view_failed", error=type(exc).__name__)
+
+    async def refresh(self) -> None:
+        """Beat once and read all workers' beats. Raises redis errors."""
+        await self._registry.beat_gateway(self._gateway_id)
+        live = await self._registry.live()
+        self.beats = tuple(beat for beat in live if beat.model == self._model)
+        self._seen_at = time.monotonic()
+
+    async def leave(self) -> None:
+        """Take the gateway off the list at the end of its drain; without Redis the heartbeat just expires."""
+        try:
+            await self._registry.leave_gateway(self._gateway_id)
+        except (RedisError, OSError) as exc:
+            _log.warning("gateway_leave_failed", error=type(exc).__name__)
+
+    @property
+    def redis_answers(self) -> bool:
+        """Redis was read within one heartbeat TTL; older beats say nothing about the workers either."""
+        return self._seen_at is not None and time.monotonic() - self._seen_at <= self._ttl_s
+
+    def ready(self, role: str) -> list[WorkerBeat]:
+        return [beat for beat in self.beats if beat.role == role and beat.state == _READY]
+
+    def reasons(self) -> list[str]:
+        """Why no request can be served now; empty when it can."""
+        if self.draining:
+            return ["the gateway is draining"]
+        if not self.redis_answers:
+            return ["Redis does not answer"]
+        return [f"no {role} worker is ready" for role in ROLES if not self.ready(role)]
+
+    def require_ready(self) -> None:
+        """Raises BusUnavailable or NoWorkers when a new request could not be served."""
+        if not self.redis_answers:
+            raise BusUnavailable("The server cannot reach its queue; try again in a moment.", retry_after=2)
+        missing = [role for role in ROLES if not self.ready(role)]
+        if missing:
+            raise NoWorkers(f"No {' and no '.join(missing)} worker is ready; try again in a moment.", retry_after=2)
+
+    def limits(self, max_model_len: int, vocab_size: int) -> Limits:
+        """Bounds of a request that some live worker of each role can hold."""
+        decode = max((beat.max_request_tokens for beat in self.ready("decode")), default=max_model_len)
+        prefill = max((beat.max_request_tokens for beat in self.ready("prefill")), default=max_model_len)
+        context = min(max_model_len, decode)
+        return Limits(context=context, prompt=min(context, prefill), vocab_size=vocab_size)
+
+    def report(self) -> dict[str, Any]:
+        """Body of /health."""
+        reasons = self.reasons()
+        workers = {
+            role: {"ready": len(self.ready(role)), "live": sum(beat.role == role for beat in self.beats)}
+            for role in ROLES
+        }
+        return {
+            "status": "unavailable" if reasons else "ok",
+            "reasons": reasons,
+            "redis": self.redis_answers,
+            "workers": workers,
+        }

@@ -1,0 +1,103 @@
+"""One gateway's pub/sub channel: the fast path of the journal's entries, which may lose any of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import structlog
+from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
+from redis.exceptions import RedisError
+
+from shared.errors import BusUnavailable, ProtocolError
+from shared.protocol.codec import decode_event, unpack
+from shared.protocol.keys import Keys
+from shared.protocol.messages import JournalEntry
+
+CONFIRM_TIMEOUT_S = 5.0
+POLL_S = 1.0
+RECONNECT_S = 0.2
+
+Published = tuple[str, JournalEntry]
+"""(request id, entry)"""
+
+_log = structlog.get_logger()
+
+
+class Resubscribed:
+    """In the feed after a cut connection: messages may have been lost, read the journals."""
+
+
+class EventFeed:
+    """Subscribe with `subscribe`, then iterate: lists of entries, or `Resubscribed`.
+
+    `client` is a blocking client of its own; iterating never ends and reconnects by itself.
+    """
+
+    def __init__(self, client: Redis, keys: Keys, gateway_id: str) -> None:
+        self._client = client
+        self._channel = keys.tokens(gateway_id)
+        self._pubsub: PubSub | None = None
+
+    async def subscribe(self) -> None:
+        """Subscribe and wait for the server's confirmation; only then may requests be submitted."""
+        await self.aclose()
+        pubsub = self._client.pubsub()
+        self._pubsub = pubsub
+        try:
+            async with asyncio.timeout(CONFIRM_TIMEOUT_S):
+                await pubsub.subscribe(self._channel)
+                while (message := await pubsub.get_message(timeout=POLL_S)) is None or message["type"] != "subscribe":
+                    pass
+        except (RedisError, OSError, TimeoutError) as error:
+            await self.aclose()
+            raise BusUnavailable(f"the token channel cannot be subscribed: {type(error).__name__}") from error
+
+    async def aclose(self) -> None:
+        if self._pubsub is not None:
+            pubsub, self._pubsub = self._pubsub, None
+            await pubsub.aclose()  # type: ignore[no-untyped-call, unused-ignore]
+
+    async def __aiter__(self) -> AsyncIterator[list[Published] | Resubscribed]:
+        while True:
+            try:
+                if self._pubsub is None:
+                    await self.subscribe()
+                    yield Resubscribed()
+                    continue
+                message = await self._pubsub.get_message(timeout=POLL_S)
+            except (RedisError, OSError, BusUnavailable) as error:
+                _log.warning("token_channel_lost", error=type(error).__name__)
+                await self._drop()
+                await asyncio.sleep(RECONNECT_S)
+                continue
+            if message is None:
+                continue
+            if message["type"] == "subscribe":
+                yield Resubscribed()
+            elif message["type"] == "message":
+                yield _decoded(message["data"])
+
+    async def _drop(self) -> None:
+        try:
+            await self.aclose()
+        except (RedisError, OSError) as error:
+            _log.debug("token_channel_close_failed", error=type(error).__name__)
+
+
+def _decoded(data: bytes) -> list[Published]:
+    """Entries of one publication; what cannot be read is logged and left to the journal."""
+    try:
+        return [_published(item) for item in unpack(data)]
+    except (ProtocolError, ValueError, TypeError) as error:
+        _log.warning("publication_unreadable", error=str(error)[:200])
+        return []
+
+
+def _published(item: Any) -> Published:
+    request_id, epoch, ev, kind, blob = item
+    if type(epoch) is not int or type(ev) is not int:
+        raise ProtocolError("a publication's id is not two integers")
+    return request_id.decode(), JournalEntry(epoch, ev, decode_event(kind, blob))

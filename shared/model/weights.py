@@ -1,0 +1,186 @@
+"""From named tensors of a checkpoint to the decoder's weights: fused, reordered, padded, checked against the config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from shared.errors import ModelFormatError
+from shared.model.config import NORM_RMS, ModelConfig
+from shared.model.decoder import DecoderLayer, DecoderWeights
+from shared.model.layers import (
+    ACTIVATION_FUNCTIONS,
+    FeedForward,
+    LayerNorm,
+    Linear,
+    Norm,
+    RMSNorm,
+    rotary_frequencies,
+    rotary_table,
+)
+from shared.model.weight_names import WeightNames
+
+_MLP_PAD = 64
+"""The inner size of the feed-forward is padded to a multiple of this with zero weights: activations round differently
+in a vector loop's tail, so a row's bits would depend on where in memory it lies (engine-rules.md)."""
+
+
+class TensorFile(Protocol):
+    """A model file or folder, opened: `shapes` of all tensors, and `read` for one of them."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, name: str) -> Tensor | npt.NDArray[np.float32]: ...
+
+
+class WeightLoader:
+    """Builds a decoder's weights; reports the share of layers done to `progress`."""
+
+    def __init__(
+        self, file: TensorFile, names: WeightNames, config: ModelConfig, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._file = file
+        self._names = names
+        self._config = config
+        self._device = device
+        self._dtype = dtype
+        prefix = names.optional_prefix
+        self._prefix = prefix if f"{prefix}{names.embedding}.weight" in file.shapes else ""
+
+    def load(self, progress: Callable[[float], None]) -> DecoderWeights:
+        """Read everything. Raises ModelFormatError naming the file and the tensor that is missing or misshapen."""
+        config, names = self._config, self._names
+        embedding = self._place(self._read(f"{names.embedding}.weight", config.vocab_size, config.hidden_size))
+        positions = None
+        if config.rope_theta is None:
+            positions = self._place(self._read(f"{names.positions}.weight", config.max_position, config.hidden_size))
+        layers = []
+        for index in range(config.num_layers):
+            layers.append(self._layer(index))
+            progress((index + 1) / (config.num_layers + 1))
+        lm_head = embedding
+        if not config.tie_word_embeddings:
+            lm_head = self._place(self._read(f"{names.lm_head}.weight", config.vocab_size, config.hidden_size))
+        final_norm = self._norm(names.final_norm, config.hidden_size)
+        progress(1.0)
+        return DecoderWeights(embedding, positions, self._rotations(), tuple(layers), final_norm, Linear(lm_head))
+
+    def _layer(self, index: int) -> DecoderLayer:
+        config, names = self._config, self._names
+        activation = ACTIVATION_FUNCTIONS[config.activation]
+        into, out = self._feed_forward(index)
+        q_norm = self._head_norm(names.q_norm.format(i=index)) if config.qk_norm else None
+        k_norm = self._head_norm(names.k_norm.format(i=index)) if config.qk_norm else None
+        heads_size = config.num_heads * config.head_dim
+        return DecoderLayer(
+            attn_norm=self._norm(names.attn_norm.format(i=index), config.hidden_size),
+            qkv=self._qkv(index),
+            q_norm=q_norm,
+            k_norm=k_norm,
+            attn_out=self._linear(
+                *self._matrix(names.attn_out.format(i=index), config.hidden_size, heads_size, config.attn_out_bias)
+            ),
+            mlp_norm=self._norm(names.mlp_norm.format(i=index), config.hidden_size),
+            mlp=FeedForward(into, out, activation, config.gated_mlp),
+        )
+
+    def _qkv(self, index: int) -> Linear:
+        """q, k and v as one matrix, heads in order, rotary pairs as neighbours."""
+        config, names = self._config, self._names
+        sizes = [heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
+        parts = names.qkv if len(names.qkv) == len(sizes) else (names.qkv[0],)
+        widths = sizes if len(parts) > 1 else [sum(sizes)]
+        read = [
+            self._matrix(name.format(i=index), width, config.hidden_size, config.qkv_bias)
+            for name, width in zip(parts, widths, strict=True)
+        ]
+        weight = torch.cat([part[0] for part in read])
+        bias = torch.cat([part[1] for part in read if part[1] is not None]) if config.qkv_bias else None
+        order = self._qkv_order()
+        return self._linear(weight[order], None if bias is None else bias[order])
+
+    def _qkv_order(self) -> Tensor:
+        """Rows of the fused matrix in the decoder's order."""
+        config = self._config
+        dims = torch.arange(config.head_dim)
+        if config.rope_theta is not None and not self._names.interleaved:
+            dims = dims.view(2, -1).t().flatten()
+        num_heads, num_kv = config.num_heads, config.num_kv_heads
+        if self._names.per_head_qkv and num_heads == num_kv:
+            heads = torch.arange(3 * num_heads).view(num_heads, 3).t().flatten()
+        else:
+            heads = torch.arange(num_heads + 2 * num_kv)
+        rotated, plain = heads[: num_heads + num_kv, None], heads[num_heads + num_kv :, None]
+        return torch.cat(
+            [(rotated * config.head_dim + dims).flatten(), (plain * config.head_dim + torch.arange(config.head_dim)).flatten()]
+        )
+
+    def _feed_forward(self, index: int) -> tuple[Linear, Linear]:
+        config, names = self._config, self._names
+        inner, outer = config.intermediate_size, config.hidden_size
+        extra = -inner % _MLP_PAD
+        weights, biases = [], []
+        for name in names.mlp_in:
+            weight, bias = self._matrix(name.format(i=index), inner, outer, config.mlp_bias)
+            weights.append(torch.nn.functional.pad(weight, (0, 0, 0, extra)))
+            biases.append(None if bias is None else torch.nn.functional.pad(bias, (0, extra)))
+        bias = torch.cat([item for item in biases if item is not None]) if config.mlp_bias else None
+        weight, out_bias = self._matrix(names.mlp_out.format(i=index), outer, inner, config.mlp_bias)
+        return self._linear(torch.cat(weights), bias), self._linear(torch.nn.functional.pad(weight, (0, extra)), out_bias)
+
+    def _matrix(self, name: str, num_out: int, num_in: int, has_bias: bool) -> tuple[Tensor, Tensor | None]:
+        """Weight [num_out, num_in] and bias, as stored but never transposed."""
+        if self._names.transposed:
+            weight = self._read(f"{name}.weight", num_in, num_out).t()
+        else:
+            weight = self._read(f"{name}.weight", num_out, num_in)
+        return weight, self._read(f"{name}.bias", num_out) if has_bias else None
+
+    def _norm(self, name: str, size: int) -> Norm:
+        weight = self._place(self._read(f"{name}.weight", size))
+        if self._config.norm == NORM_RMS:
+            return RMSNorm(weight, self._config.norm_eps)
+        return LayerNorm(weight, self._place(self._read(f"{name}.bias", size)), self._config.norm_eps)
+
+    def _head_norm(self, name: str) -> RMSNorm:
+        """A norm over each head, its weights in the order of the rotary pairs."""
+        weight = self._read(f"{name}.weight", self._config.head_dim)
+        if not self._names.interleaved:
+            weight = weight.view(2, -1).t().flatten()
+        return RMSNorm(self._place(weight), self._config.norm_eps)
+
+    def _rotations(self) -> Tensor | None:
+        config, name = self._config, f"{self._names.rope_factors}.weight"
+        if config.rope_theta is None:
+            return None
+        frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        if name in self._file.shapes:
+            frequencies = frequencies / self._read(name, config.head_dim // 2).float()
+        return rotary_table(frequencies, config.max_position).to(self._device)
+
+    def _linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        return Linear(self._place(weight), None if bias is None else self._place(bias))
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device, self._dtype).contiguous()
+
+    def _read(self, name: str, *shape: int) -> Tensor:
+        name = self._stored_name(name)
+        found = self._file.shapes.get(name)
+        if found is None:
+            raise ModelFormatError(f"{self._file.path}: the tensor {name!r} is missing.")
+        if found != shape:
+            raise ModelFormatError(
+                f"{self._file.path}: the tensor {name!r} has shape {found}, but the configuration asks for {shape}."
+            )
+        return torch.as_tensor(self._file.read(name))
+
+    def _stored_name(self, name: str) -> str:
+        return name if name in self._file.shapes else self._prefix + name

@@ -1,0 +1,72 @@
+"""What a role's service is given to work with, and what it has to offer the worker around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from shared.bus.requests import RequestStore
+from shared.bus.workqueue import WorkItem
+from shared.config import EngineSettings, TransferSettings
+from shared.transfer.base import Identity, TransferLimits
+from shared.worker.bridge import EngineBridge
+from shared.worker.build import BuiltEngine
+from shared.worker.jobs import CacheScope
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerContext:
+    """Everything one role needs; nothing in it is shared with another process."""
+
+    worker_id: str
+    model: str
+    store: RequestStore
+    bridge: EngineBridge
+    built: BuiltEngine
+    engine_settings: EngineSettings
+    transfer_settings: TransferSettings
+    secret: bytes
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(self.model, self.built.numerics)
+
+    @property
+    def scope(self) -> CacheScope:
+        return CacheScope(self.built.source.revision, self.built.layout.dtype, self.built.numerics)
+
+    @property
+    def transfer_limits(self) -> TransferLimits:
+        settings = self.transfer_settings
+        return TransferLimits(lease_s=settings.lease_s, progress_timeout_s=settings.progress_timeout_s)
+
+
+class Service(Protocol):
+    """One role's work. The worker claims entries for it and owns its tasks.
+
+    `handle` serves one claimed entry to its end; it may be cancelled at any await and frees what it holds then.
+    Redis errors leave it: the entry stays pending and is swept back. `run` holds the service's own tasks.
+    """
+
+    @property
+    def addresses(self) -> tuple[tuple[str, str], ...]: ...
+
+    @property
+    def in_flight(self) -> int: ...
+
+    def requests(self) -> Iterable[tuple[str, str]]:
+        """(request id, gateway id) of every request owned or waiting here."""
+        ...
+
+    def room(self) -> int:
+        """How many more entries may be claimed now."""
+        ...
+
+    async def handle(self, item: WorkItem) -> None: ...
+
+    async def run(self) -> None: ...
+
+    async def hand_back(self) -> None:
+        """Give every request still held back to the queue; the drain has run out of time."""
+        ...
