@@ -59,8 +59,7 @@ $(VENV)/.locked: requirements.lock requirements-torch.txt | $(VENV)/bin/python
 	@echo '[2/4] installing the locked packages'
 	@$(PIP) install --quiet --no-deps --require-hashes -r requirements.lock
 	@echo '[3/4] installing torch (the largest download)'
-	@$(PIP) install --progress-bar on $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements-torch.txt \
-	  >$(VENV)/torch.log 2>&1 || { cat $(VENV)/torch.log >&2; exit 1; }
+	@$(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements-torch.txt
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml $(VENV)/.locked

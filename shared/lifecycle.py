@@ -16,7 +16,7 @@ from shared.errors import SlipstreamError
 
 log = structlog.get_logger()
 
-PARENT_VARIABLE = "SLIPSTREAM_PARENT_PID"
+PARENT_VARIABLE = "_SLIPSTREAM_PARENT_PID"
 """Set by `serve` for its children: they end when it does, even when it is killed."""
 
 EXIT_OK = 0

@@ -33,7 +33,7 @@ def random_model(
     """A transformers model with random weights everywhere, biases and norms included, large enough to matter."""
     sizes: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "bos_token_id": 1, "eos_token_id": 2}
     if architecture in _ROTARY:
-        sizes |= {"hidden_size": 60, "intermediate_size": 84, "num_hidden_layers": layers, "head_dim": head_dim}
+        sizes |= {"hidden_size": 10 * heads, "intermediate_size": 84, "num_hidden_layers": layers, "head_dim": head_dim}
         sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
         sizes |= {"max_position_embeddings": MAX_POSITION}
         config = _ROTARY[architecture](**(sizes | settings))
@@ -41,7 +41,7 @@ def random_model(
         sizes |= {"n_embd": heads * head_dim, "n_head": heads, "n_layer": layers, "n_positions": MAX_POSITION}
         config = _LEARNED[architecture](**(sizes | settings))
     torch.manual_seed(3)
-    model = getattr(transformers, architecture)(config).eval()
+    model: transformers.PreTrainedModel = getattr(transformers, architecture)(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             norm = parameter.dim() == 1 and name.endswith("weight")

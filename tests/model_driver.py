@@ -43,7 +43,9 @@ class ModelDriver:
 
     def step(self, items: Sequence[tuple[DrivenSequence, Sequence[int]]], extra_blocks: int = 0) -> list[Tensor]:
         """Hidden rows of each item's tokens. `extra_blocks` widens the block tables beyond what is needed."""
-        tokens, positions, slots = [], [], []
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
         groups: dict[int, list[tuple[int, DrivenSequence]]] = {}
         for sequence, new in items:
             self._grow(sequence, len(new))
@@ -54,18 +56,20 @@ class ModelDriver:
                 positions.append(at)
                 slots.append(sequence.blocks[at // self._block_size] * self._block_size + at % self._block_size)
                 sequence.num_tokens += 1
-        total = padded_rows(len(tokens), self._decoder.row_pad)
+        padding = [0] * (padded_rows(len(tokens), self._decoder.row_pad) - len(tokens))
         batch = ForwardBatch(
-            *(self._ids([*values, *[0] * (total - len(tokens))]) for values in (tokens, positions, slots)),
+            token_ids=self._ids(tokens + padding),
+            positions=self._ids(positions + padding),
+            slot_mapping=self._ids(slots + padding),
             groups=tuple(self._group(length, members, extra_blocks) for length, members in groups.items()),
         )
         hidden = self._decoder.forward(batch, self.cache)
-        return list(hidden[: len(tokens)].split([len(new) for _, new in items]))
+        return list(torch.split(hidden[: len(tokens)], [len(new) for _, new in items]))
 
     def logits(self, items: Sequence[tuple[DrivenSequence, Sequence[int]]], extra_blocks: int = 0) -> list[Tensor]:
         """float32 [num_new_tokens, vocab_size] for each item."""
         hidden = self.step(items, extra_blocks)
-        return list(self._decoder.logits(torch.cat(hidden)).split([len(rows) for rows in hidden]))
+        return list(torch.split(self._decoder.logits(torch.cat(hidden)), [len(rows) for rows in hidden]))
 
     def chunked(self, tokens: Sequence[int], size: int) -> Tensor:
         """Logits of a new sequence computed in chunks of `size` tokens."""

@@ -126,7 +126,7 @@ def _take_usage(sample: Sample, usage: dict[str, Any]) -> None:
     if isinstance(details, dict):
         sample.path = str(details.get("path") or "")
         sample.kv_bytes = int(_number(details.get("kv_bytes")) or 0)
-        sample.handoff_ms = _number(details.get("handoff_ms"))
+        sample.handoff_ms = _number(details.get("handoff_ms")) or None  # 0: nothing was handed over
 
 
 def _number(value: object) -> float | None:

@@ -1,11 +1,22 @@
-"""What one bench run does; the command line fills it in."""
+"""What one bench run does, and the flags that say it."""
 
 from __future__ import annotations
 
+import asyncio
+import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
+
+import typer
 
 from shared.errors import ConfigurationError
+
+EXIT_ERRORS = 1
+"""Some request failed; the figures are printed all the same."""
+EXIT_NOT_RUN = 2
+"""Nothing was measured: a flag, the server or Redis is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,3 +73,73 @@ class BenchOptions:
     @property
     def headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+
+
+def bench(
+    base_url: Annotated[str, typer.Option(help="Any OpenAI-compatible server.")] = "http://127.0.0.1:8000",
+    model: Annotated[str, typer.Option(help="Model name; the first one served when empty.")] = "",
+    api_key: Annotated[str, typer.Option(envvar="SLIPSTREAM_API_KEY", help="Key of the server.")] = "",
+    concurrency: Annotated[int, typer.Option(help="Requests in flight in a closed loop.")] = 1,
+    rate: Annotated[float, typer.Option(help="Requests a second by a Poisson process; 0 for a closed loop.")] = 0.0,
+    requests: Annotated[int, typer.Option(help="Requests to measure.")] = 16,
+    warmup: Annotated[int, typer.Option(help="Requests before the measurement.")] = 1,
+    prompt_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 64,
+    output_len: Annotated[int, typer.Option(help="Tokens to generate for each.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Same seed, same prompts and start times.")] = 0,
+    timeout: Annotated[float, typer.Option(help="Seconds one request may take.")] = 600.0,
+    redis_url: Annotated[str, typer.Option(help="Count this Redis's commands per token.")] = "",
+    pid: Annotated[list[int] | None, typer.Option(help="Measure these processes; else all of Slipstream's.")] = None,
+    label: Annotated[str, typer.Option(help="A name to find the run by.")] = "",
+    extra: Annotated[str, typer.Option(help="A JSON object merged into every request.")] = "{}",
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Load a running server and report latency, throughput, hand-off, Redis commands and memory."""
+    try:
+        options = BenchOptions(
+            base_url=base_url,
+            model=model,
+            api_key=api_key,
+            concurrency=concurrency,
+            rate=rate,
+            requests=requests,
+            warmup=warmup,
+            prompt_len=prompt_len,
+            output_len=output_len,
+            temperature=temperature,
+            seed=seed,
+            timeout_s=timeout,
+            redis_url=redis_url,
+            pids=tuple(pid or ()),
+            label=label,
+            extra=_json_object(extra),
+        )
+        raise typer.Exit(_run_and_print(options, json_output))
+    except ConfigurationError as exc:
+        print(f"slipstream: {exc}", file=sys.stderr)
+        raise typer.Exit(EXIT_NOT_RUN) from None
+
+
+def _run_and_print(options: BenchOptions, as_json: bool) -> int:
+    # Imported here because every role's process reads the flags of every command.
+    from rich.console import Console
+
+    from services.bench.load import run_bench
+    from services.bench.report import render
+
+    report = asyncio.run(run_bench(options))
+    if as_json:
+        print(json.dumps(report.as_json()))
+    else:
+        render(report, Console())
+    return 0 if report.ok else EXIT_ERRORS
+
+
+def _json_object(text: str) -> dict[str, object]:
+    try:
+        value = json.loads(text)
+    except ValueError as exc:
+        raise ConfigurationError(f"--extra is not JSON: {exc}") from exc
+    if not isinstance(value, dict):
+        raise ConfigurationError("--extra must be a JSON object, for example '{\"top_k\": 1}'")
+    return value

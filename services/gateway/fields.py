@@ -55,7 +55,7 @@ def _check_message(item: Any, at: str) -> Message:
             raise InvalidRequest(f"{at}.{name} is not supported.", f"{at}.{name}", "unsupported_parameter")
     if role == "tool":
         raise InvalidRequest(f"{at}: tool messages are not supported.", f"{at}.role", "unsupported_value")
-    message: Message = {"role": "system" if role == "developer" else role, "content": _check_content(item, at)}
+    message: Message = {"role": role, "content": _check_content(item, at)}
     author: Any = item.get("name")
     if author is not None:
         if not isinstance(author, str) or len(author) > 256:

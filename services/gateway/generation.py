@@ -18,7 +18,7 @@ import structlog
 from services.gateway.errors import GenerationFailed
 from services.gateway.metrics import GatewayMetrics
 from shared.bus.stream import StreamHandle
-from shared.protocol.messages import FINISH_STOP, OUTCOME_FINISHED, End, Job, TokenLogprob, Tokens, Usage
+from shared.protocol.messages import FINISH_LENGTH, FINISH_STOP, OUTCOME_FINISHED, End, Job, TokenLogprob, Tokens, Usage
 from shared.tokenizer.detokenizer import ChoiceText
 
 _log = structlog.get_logger()
@@ -46,11 +46,12 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class TextRules:
-    """How the tokens of a request become its text."""
+    """How the tokens of a request become its text; `scores_only`: the client wants none of them."""
 
     eos_ids: frozenset[int]
     include_stop: bool
     wants_every_token: bool
+    scores_only: bool
     new_text: Callable[[], ChoiceText]
 
 
@@ -97,8 +98,10 @@ class ChoiceOutput:
         finish: str | None,
         stop_reason: str | int | None,
     ) -> Delta | None:
-        self.num_tokens += len(shown)
         self.finished = finish is not None
+        if self._rules.scores_only:
+            return Delta(self._index, "", (), event_id, (), FINISH_LENGTH) if self.finished else None
+        self.num_tokens += len(shown)
         if not text and finish is None and not (shown and self._rules.wants_every_token):
             return None
         return Delta(self._index, text, shown, event_id, event.logprobs[: len(shown)], finish, stop_reason)

@@ -72,7 +72,7 @@ def resolve_params(
         repetition_penalty=float(_first(body.repetition_penalty, defaults.repetition_penalty, 1.0)),
         logit_bias=_logit_bias(body, limits.vocab_size),
         stop_ids=_stop_ids(body, eos_ids, limits.vocab_size),
-        n=body.num_choices,
+        n=body.n,
         logprobs=body.logprobs_wanted,
         prompt_logprobs=_prompt_logprobs(body),
     )

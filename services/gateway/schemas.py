@@ -106,7 +106,7 @@ class GenerationBody(Body):
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)] | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -121,16 +121,12 @@ class GenerationBody(Body):
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
-    return_token_ids: bool | None = None
+    return_token_ids: bool = False
     prompt_logprobs: _Logprobs | None = None
     seed: _Seed | None = None
     user: Annotated[str, Field(max_length=1024)] | None = None
     priority: Annotated[int, Field(ge=-_MAX_PRIORITY, le=_MAX_PRIORITY)] = 0
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
-
-    @property
-    def num_choices(self) -> int:
-        return self.n or 1
 
     @property
     def include_usage(self) -> bool:
@@ -145,11 +141,16 @@ class GenerationBody(Body):
         """The client's limit of output tokens, None when it set none."""
         return self.max_tokens
 
+    @property
+    def logprobs_wanted(self) -> int | None:
+        """How many alternatives a token's log-probability comes with, None for no log-probabilities."""
+        return None
+
     @model_validator(mode="after")
     def _agree(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options needs stream to be true.", "stream_options")
-        if self.best_of is not None and self.best_of != self.num_choices:
+        if self.best_of is not None and self.best_of != self.n:
             raise InvalidRequest("best_of is supported only when equal to n.", "best_of", "unsupported_parameter")
         if self.prompt_logprobs is not None and self.stream:
             raise InvalidRequest("prompt_logprobs cannot be streamed; set stream to false.", "prompt_logprobs")
@@ -222,7 +223,7 @@ class TokenizeBody(Body):
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    return_token_strs: bool | None = None
+    return_token_strs: bool = False
     chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(check_template_kwargs)] = {}
 
     @model_validator(mode="after")

@@ -184,6 +184,7 @@ class PrefillService:
     async def _compute_and_hand_off(self, handling: Handling) -> None:
         sequence, export = handling.sequence, handling.export
         computed = sequence.num_cached
+        export.progress(computed)
         await self._maybe_offer(handling, computed)
         while True:
             with self._pace.measure() as measured:

@@ -65,13 +65,20 @@ async def check(client: Redis) -> str:
     """Ask for the server's version and check it; answers "Valkey 9.1.2" or "Redis 7.0.15"."""
     try:
         info = await client.info("server")
-    except AuthenticationError:
-        raise ConfigurationError("Redis refused the password; set it in SLIPSTREAM_REDIS__URL") from None
     except (RedisError, OSError) as error:
+        if _is_refused(error):
+            raise ConfigurationError("Redis refused the password; set it in SLIPSTREAM_REDIS__URL") from None
         raise BusUnavailable(
             f"Redis cannot be reached ({type(error).__name__}); is SLIPSTREAM_REDIS__URL right?"
         ) from None
     return require_version(info)
+
+
+def _is_refused(error: BaseException | None) -> bool:
+    """Whether a wrong password is behind `error`; the library wraps it in a connection error."""
+    while error is not None and not isinstance(error, AuthenticationError):
+        error = error.__cause__
+    return error is not None
 
 
 def require_version(info: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -50,7 +50,11 @@ class InFlight:
 
 
 class Sweeper:
-    """Run `run` beside a worker's loops. `tick` is one round; it may be called at any time."""
+    """Run `run` beside a worker's loops. `tick` is one round; it may be called at any time.
+
+    Dead consumers are looked for on the queue's own streams and on `watched`: with the other role's streams there, the
+    last decode worker's requests go back to prefill at once instead of waiting for another decode worker.
+    """
 
     def __init__(
         self,
@@ -60,6 +64,7 @@ class Sweeper:
         registry: Registry,
         in_flight: InFlight,
         clock: Callable[[], float] = time.monotonic,
+        watched: Sequence[str] = (),
     ) -> None:
         self.counters = SweepCounters()
         self._client = client
@@ -68,6 +73,7 @@ class Sweeper:
         self._registry = registry
         self._in_flight = in_flight
         self._clock = clock
+        self._watched = tuple(dict.fromkeys((*queue.streams, *watched)))
         self._healthy_since: float | None = None
         self._own_checked = -OWN_EVERY_S
         self._suspects: set[tuple[str, str]] = set()
@@ -121,7 +127,7 @@ class Sweeper:
 
     async def _sweep_dead(self) -> None:
         dead: set[tuple[str, str]] = set()
-        for stream in self._queue.streams:
+        for stream in self._watched:
             names = await self._consumers(stream)
             dead |= {(stream, name) for name in await self._registry.dead_workers(names - {self._queue.consumer})}
         for stream, name in dead & self._suspects:

@@ -126,7 +126,7 @@ class _Planner:
 
     def _tile(self, rows: Tensor, num_keys: int) -> _Tile:
         heads, group_size = self._heads, self._heads.group_size
-        num_seqs, query_len = rows.shape
+        query_len = rows.shape[1]
         num_rows = padded_rows(query_len * group_size, heads.row_pad)
         packed = torch.arange(num_rows, device=rows.device)
         tokens = rows[:, (packed // group_size).clamp(max=query_len - 1)]  # [num_seqs, num_rows]
@@ -167,7 +167,7 @@ def paged_attention(fused: Tensor, cache: Tensor, plan: AttentionPlan, heads: He
     """
     num_tokens = len(fused)
     by_head = fused.view(num_tokens, heads.heads_per_token, heads.head_dim)
-    new = by_head[:, heads.num_heads :].unflatten(1, (2, heads.num_kv_heads))
+    new = by_head[:, heads.num_heads :].view(num_tokens, 2, heads.num_kv_heads, heads.head_dim)
     cache[plan.blocks, :, :, plan.slots] = new.to(cache.dtype)
     query_rows = by_head.view(-1, heads.head_dim)
     cache_rows = cache.view(-1, cache.shape[3], heads.head_dim)
@@ -188,7 +188,7 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, heads: 
     by_seq = scores.view(len(mask), heads.num_kv_heads, *mask.shape[2:])
     weights = torch.add(mask, by_seq, alpha=heads.scale).view_as(scores)
     weights.sub_(weights.amax(-1, keepdim=True)).exp_()
-    totals = weights.unflatten(-1, (-1, SPLIT)).sum(-1)  # [batch, rows, splits]
+    totals = weights.view(*weights.shape[:-1], -1, SPLIT).sum(-1)  # [batch, rows, splits]
     weights = weights.to(values.dtype)
     total = totals[..., :1]
     result = torch.bmm(weights[..., :SPLIT], values[:, :SPLIT]).float()

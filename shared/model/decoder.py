@@ -118,7 +118,7 @@ class Decoder:
         by_head = fused.view(len(fused), heads.heads_per_token, heads.head_dim)
         queries_and_keys = by_head[:, : heads.num_heads + heads.num_kv_heads]
         if layer.q_norm is not None and layer.k_norm is not None:
-            queries, keys = queries_and_keys.split((heads.num_heads, heads.num_kv_heads), dim=1)
+            queries, keys = queries_and_keys[:, : heads.num_heads], queries_and_keys[:, heads.num_heads :]
             queries.copy_(layer.q_norm(queries))
             keys.copy_(layer.k_norm(keys))
         if rotations is not None:

@@ -31,7 +31,7 @@ def from_hf(config: Json) -> ModelConfig:
     if reader is None:
         raise refuse_architecture(name, list(_READERS))
     if config.get("quantization_config") is not None:
-        raise ModelFormatError("quantization_config is set: quantised safetensors folders cannot be loaded; use a GGUF.")
+        raise ModelFormatError("quantization_config is set: quantised safetensors cannot be loaded; use a GGUF file.")
     return reader(str(name), config)
 
 
@@ -111,7 +111,16 @@ def _rope(config: Json) -> tuple[float, RopeScaling | None]:
     raise ModelFormatError(f"rope scaling {kind!r} is not supported; supported are default, linear and llama3.")
 
 
-def _rotary(name: str, config: Json, *, qkv_bias: bool, attn_out_bias: bool, **special: bool | int | None) -> ModelConfig:
+def _rotary(
+    name: str,
+    config: Json,
+    *,
+    qkv_bias: bool,
+    attn_out_bias: bool,
+    mlp_bias: bool = False,
+    qk_norm: bool = False,
+    sliding_window: int | None = None,
+) -> ModelConfig:
     """What Llama, Mistral, Qwen2 and Qwen3 have in common."""
     hidden_size = _int(config, "hidden_size")
     num_heads = _int(config, "num_attention_heads")
@@ -132,10 +141,10 @@ def _rotary(name: str, config: Json, *, qkv_bias: bool, attn_out_bias: bool, **s
         rope_scaling=scaling,
         qkv_bias=qkv_bias,
         attn_out_bias=attn_out_bias,
-        mlp_bias=bool(special.get("mlp_bias", False)),
-        qk_norm=bool(special.get("qk_norm", False)),
+        mlp_bias=mlp_bias,
+        qk_norm=qk_norm,
         tie_word_embeddings=_bool(config, "tie_word_embeddings", False),
-        sliding_window=special.get("sliding_window"),
+        sliding_window=sliding_window,
         eos_ids=token_ids(config, "eos_token_id"),
         bos_id=_bos(config),
         dtype=_dtype(config),

@@ -76,7 +76,7 @@ def numerics_fingerprint(decoder: Decoder, source: ModelSource, kv_dtype: str) -
 def _processor(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} {torch.version.cuda}"
-    return f"{torch.backends.cpu.get_cpu_capability()} mkl={torch.backends.mkl.is_available()}"
+    return f"{torch.backends.cpu.get_cpu_capability()} mkl={torch.backends.mkl.is_available()}"  # type: ignore[no-untyped-call]
 
 
 class _Probe:
@@ -148,7 +148,7 @@ class _Probe:
             groups=self._groups(spans),
         )
         hidden = self._decoder.forward(batch, self._cache)
-        return list(hidden[:num_tokens].split([len(positions) for _, positions in spans]))
+        return list(torch.split(hidden[:num_tokens], [len(positions) for _, positions in spans]))
 
     def _groups(self, spans: Sequence[tuple[_Sequence, Tensor]]) -> tuple[AttentionGroup, ...]:
         starts = [0]

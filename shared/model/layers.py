@@ -118,6 +118,6 @@ def rotate_(heads: Tensor, rotations: Tensor) -> None:
     one complex product. Scores do not depend on the order.
     """
     pairs = heads if heads.dtype == torch.float32 else heads.float()
-    torch.view_as_complex(pairs.unflatten(-1, (-1, 2))).mul_(rotations)
+    torch.view_as_complex(pairs.view(*pairs.shape[:-1], -1, 2)).mul_(rotations)
     if pairs is not heads:
         heads.copy_(pairs)

@@ -218,7 +218,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _file_digest(path: Path, head_bytes: int) -> bytes:
-    """Digest of a file's size, its first `head_bytes` and samples spread over the rest: cheap, and tells tunings apart."""
+    """Digest of a file's size, its first `head_bytes` and samples of the rest: cheap, and tells tunings apart."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from shared.errors import ModelFormatError
@@ -117,10 +118,9 @@ class WeightLoader:
             heads = torch.arange(3 * num_heads).view(num_heads, 3).t().flatten()
         else:
             heads = torch.arange(num_heads + 2 * num_kv)
-        rotated, plain = heads[: num_heads + num_kv, None], heads[num_heads + num_kv :, None]
-        return torch.cat(
-            [(rotated * config.head_dim + dims).flatten(), (plain * config.head_dim + torch.arange(config.head_dim)).flatten()]
-        )
+        order = heads[:, None] * config.head_dim + torch.arange(config.head_dim)
+        order[: num_heads + num_kv] = heads[: num_heads + num_kv, None] * config.head_dim + dims
+        return order.flatten()
 
     def _feed_forward(self, index: int) -> tuple[Linear, Linear]:
         config, names = self._config, self._names
@@ -129,11 +129,12 @@ class WeightLoader:
         weights, biases = [], []
         for name in names.mlp_in:
             weight, bias = self._matrix(name.format(i=index), inner, outer, config.mlp_bias)
-            weights.append(torch.nn.functional.pad(weight, (0, 0, 0, extra)))
-            biases.append(None if bias is None else torch.nn.functional.pad(bias, (0, extra)))
+            weights.append(F.pad(weight, (0, 0, 0, extra)))
+            biases.append(None if bias is None else F.pad(bias, (0, extra)))
         bias = torch.cat([item for item in biases if item is not None]) if config.mlp_bias else None
-        weight, out_bias = self._matrix(names.mlp_out.format(i=index), outer, inner, config.mlp_bias)
-        return self._linear(torch.cat(weights), bias), self._linear(torch.nn.functional.pad(weight, (0, extra)), out_bias)
+        into = self._linear(torch.cat(weights), bias)
+        weight, bias = self._matrix(names.mlp_out.format(i=index), outer, inner, config.mlp_bias)
+        return into, self._linear(F.pad(weight, (0, extra)), bias)
 
     def _matrix(self, name: str, num_out: int, num_in: int, has_bias: bool) -> tuple[Tensor, Tensor | None]:
         """Weight [num_out, num_in] and bias, as stored but never transposed."""

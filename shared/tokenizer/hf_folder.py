@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from shared.errors import ModelFormatError
 from shared.tokenizer.template import TemplateSource
@@ -41,6 +41,7 @@ def read_folder(folder: Path) -> FolderTokenizer:
         raise ModelFormatError(f"{path} is not a tokenizer this version can read: {error}.") from error
     config = _json(folder / "tokenizer_config.json")
     named = _named_tokens(_json(folder / "special_tokens_map.json")) | _named_tokens(config)
+    _mark_special(tokenizer, [*named.values(), *_listed_special(config)])
     return FolderTokenizer(tokenizer, _template(folder, config, named))
 
 
@@ -75,6 +76,28 @@ def _named_tokens(config: Mapping[str, object]) -> dict[str, str]:
         if isinstance(value, str):
             named[name] = value
     return named
+
+
+def _listed_special(config: Mapping[str, object]) -> list[str]:
+    """The tokens tokenizer_config.json declares special beside the named ones."""
+    decoder, extra = config.get("added_tokens_decoder"), config.get("additional_special_tokens")
+    entries = [*(decoder.values() if isinstance(decoder, Mapping) else ()), *(extra if isinstance(extra, list) else ())]
+    texts = [
+        entry.get("content") if isinstance(entry, Mapping) and entry.get("special", True) else entry
+        for entry in entries
+    ]
+    return [text for text in texts if isinstance(text, str)]
+
+
+def _mark_special(tokenizer: Tokenizer, texts: list[str]) -> None:
+    """Make control tokens of declared ones that tokenizer.json holds as plain vocabulary only.
+
+    Declared tokens without an id in tokenizer.json are left out: the model has no embedding for a new id.
+    """
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    for text in dict.fromkeys(texts):
+        if text not in special and tokenizer.token_to_id(text) is not None:
+            tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False)])
 
 
 def _json(path: Path) -> Mapping[str, object]:

@@ -13,7 +13,6 @@ The link is authenticated, not encrypted: prompts' KV is readable on the wire.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
 import secrets
 from dataclasses import dataclass
@@ -44,9 +43,7 @@ def check_secret(secret: bytes) -> None:
         )
 
 
-async def authenticate_exporter(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes
-) -> LinkKeys:
+async def authenticate_exporter(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes) -> LinkKeys:
     """The listening side. Raises TransferError("auth"), after saying no, when the proof is wrong."""
     nonce_e = secrets.token_bytes(NONCE_BYTES)
     writer.write(GREETING + nonce_e)
@@ -60,9 +57,7 @@ async def authenticate_exporter(
     return LinkKeys(outgoing=to_importer, incoming=to_exporter)
 
 
-async def authenticate_importer(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes
-) -> LinkKeys:
+async def authenticate_importer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes) -> LinkKeys:
     """The connecting side. Raises TransferError("auth") when either side's proof is refused."""
     hello = await reader.readexactly(len(GREETING) + NONCE_BYTES)
     if not hello.startswith(GREETING):
@@ -83,4 +78,4 @@ def _direction_keys(secret: bytes, nonce_e: bytes, nonce_i: bytes) -> tuple[byte
 
 
 def _mac(secret: bytes, role: bytes, nonce_e: bytes, nonce_i: bytes) -> bytes:
-    return hmac.digest(secret, b"slipstream-kv " + role + b"\0" + nonce_e + nonce_i, hashlib.sha256)
+    return hmac.digest(secret, b"slipstream-kv " + role + b"\0" + nonce_e + nonce_i, "sha256")

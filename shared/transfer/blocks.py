@@ -38,4 +38,4 @@ def scatter(cache: KVCache, part: Part, block_ids: Sequence[int], content: torch
 
 def as_memory(content: torch.Tensor) -> memoryview:
     """The bytes of a host tensor, not copied."""
-    return memoryview(content.numpy())
+    return content.numpy().data

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from shared.errors import TransferError
+from shared.errors import ConfigurationError, TransferError
 from shared.kv.layout import KVLayout
 from shared.transfer.base import REASON_COVERAGE, Part
+from shared.transfer.frame import MAX_FRAME_BYTES
 
 
 def plan(layout: KVLayout, block_start: int, block_stop: int, num_tokens: int, frame_bytes: int) -> Iterator[Part]:
@@ -20,6 +21,16 @@ def plan(layout: KVLayout, block_start: int, block_stop: int, num_tokens: int, f
         yield from _layers(layout, start, stop, layout.block_size, frame_bytes)
     if max(full_stop, block_start) < block_stop:
         yield from _layers(layout, block_stop - 1, block_stop, num_tokens % layout.block_size, frame_bytes)
+
+
+def check_frame_bytes(layout: KVLayout, frame_bytes: int) -> None:
+    """Raise ConfigurationError when the largest part `plan` makes would not fit into a frame."""
+    largest = max(frame_bytes, layout.bytes_per_block // layout.num_layers)
+    if frame_bytes < 1 or largest > MAX_FRAME_BYTES:
+        raise ConfigurationError(
+            f"a KV frame would carry up to {largest} bytes, the protocol carries {MAX_FRAME_BYTES}; "
+            "lower the frame size or the block size"
+        )
 
 
 def _layers(layout: KVLayout, block_start: int, block_stop: int, slots: int, frame_bytes: int) -> Iterator[Part]:

@@ -437,7 +437,7 @@ class World:
             if fields.get(b"state", b"done") == b"done":
                 continue
             entry = fields[b"entry"]
-            found: Any = await self.client.xrange(fields[b"stream"], entry, entry)
+            found: Any = await self.client.xrange(fields[b"stream"], entry, entry) if entry else []
             if len(found) != 1 or found[0][1][b"id"] != request_id.encode():
                 raise Violation(f"{request_id}: no entry stands for it in state {fields[b'state'].decode()}")
 

@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from redis.asyncio import Redis
 from rich.console import Console
+from typer.testing import CliRunner, Result
 
-from services.bench import BenchOptions, BenchReport, render, run_bench
 from services.bench.client import Sample
-from services.bench.load import start_times
+from services.bench.load import run_bench, start_times
 from services.bench.observe import ProcessMemory, ProcessWatch, RedisCounter, find_processes, role_of
+from services.bench.options import EXIT_ERRORS, EXIT_NOT_RUN, BenchOptions, bench
 from services.bench.prompts import texts
-from services.bench.report import percentile, summarise
+from services.bench.report import BenchReport, percentile, render, summarise
 from shared.errors import ConfigurationError
 
 USAGE_DETAILS = {"path": "remote_prefill", "handoff_ms": 2.5, "kv_bytes": 100}
@@ -372,3 +374,49 @@ def test_table_shows_the_figures() -> None:
         assert expected in text
     assert "5.0% of the time to first token" in text
     assert "not exact" in text
+
+
+def command() -> typer.Typer:
+    app = typer.Typer()
+    app.command()(bench)
+    return app
+
+
+async def invoke(*arguments: str) -> Result:
+    """Run the command in a thread: it makes an event loop of its own, while the fake server needs this one."""
+    return await asyncio.to_thread(CliRunner().invoke, command(), list(arguments))
+
+
+async def test_command_prints_json_and_exits_by_outcome(serve: Callable[[FakeServer], Any]) -> None:
+    flags = ["--requests", "2", "--prompt-len", "4", "--output-len", "3", "--label", "x", "--json"]
+    good = await invoke("--base-url", (await serve(FakeServer())).base_url, *flags)
+    assert good.exit_code == 0
+    assert {key: json.loads(good.stdout)[key] for key in ("label", "requests", "output_tokens_mean")} == {
+        "label": "x",
+        "requests": 2,
+        "output_tokens_mean": 3,
+    }
+    bad = await invoke("--base-url", (await serve(FakeServer(fail_from=2))).base_url, *flags)
+    assert (bad.exit_code, json.loads(bad.stdout)["errors"]) == (EXIT_ERRORS, 1)
+
+
+async def test_command_prints_a_table(serve: Callable[[FakeServer], Any]) -> None:
+    result = await invoke("--base-url", (await serve(FakeServer())).base_url, "--requests", "1")
+    assert result.exit_code == 0
+    assert "time to first token" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--extra", "{"], "--extra is not JSON"),
+        (["--extra", "[]"], "must be a JSON object"),
+        (["--concurrency", "0"], "--concurrency"),
+        (["--base-url", "http://127.0.0.1:1"], "no server at"),
+    ],
+)
+async def test_command_says_in_a_sentence_why_it_did_not_run(flags: list[str], message: str) -> None:
+    result = await invoke(*flags)
+    assert result.exit_code == EXIT_NOT_RUN
+    assert message in result.stderr
+    assert result.stdout == ""

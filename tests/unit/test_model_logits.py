@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-gqa3": ("LlamaForCausalLM", {"heads": 9, "kv_heads": 3, "head_dim": 8}),
     "llama-gqa4-biases": ("LlamaForCausalLM", {"heads": 8, "kv_heads": 2, "attention_bias": True, "mlp_bias": True}),
     "llama-gqa7": ("LlamaForCausalLM", {"heads": 14, "kv_heads": 2, "head_dim": 10}),
-    "llama-rope-linear": ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4}}),
+    "llama-rope-linear": (
+        "LlamaForCausalLM",
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4}},
+    ),
     "llama-rope-llama3": (
         "LlamaForCausalLM",
         {
@@ -51,6 +55,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "bigcode-mqa-untied": ("GPTBigCodeForCausalLM", {"heads": 4, "tie_word_embeddings": False}),
     "bigcode-mha": ("GPTBigCodeForCausalLM", {"heads": 4, "multi_query": False}),
 }
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=MODELS)

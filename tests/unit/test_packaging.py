@@ -142,7 +142,9 @@ def test_the_example_env_has_something_to_generate() -> None:
     assert len(re.findall(r"^[A-Z_]+=[0-9a-f]{48}$", filled, re.MULTILINE)) == 2
 
 
-@pytest.mark.parametrize("module", ["services.bench", "shared.config", "shared.protocol.messages"])
+@pytest.mark.parametrize(
+    "module", ["services.bench.load", "services.gateway", "shared.config", "shared.protocol.messages"]
+)
 def test_no_torch_is_loaded_at_run_time(module: str) -> None:
     """The layer check reads import statements; this one also sees package `__init__` files and lazy imports."""
     program = f"import sys, {module}; sys.exit('torch' in sys.modules)"

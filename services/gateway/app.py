@@ -1,0 +1,202 @@
+"""Putting the gateway together: parts, application, the process's life.
+
+The life of a gateway:
+1. Read the model's tokenizer (no weights, no torch), connect to Redis, look at the cluster once.
+2. Subscribe to this gateway's token channel, then listen.
+3. Serve until told to stop. Drain: /health answers 503, new requests get 503, running ones finish.
+4. Close sockets, cancel what is left over after the drain timeout, take the heartbeat off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+
+import structlog
+from aiohttp import web
+
+from services.gateway.admission import Admission
+from services.gateway.auth import KeyRing
+from services.gateway.health import ClusterView
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.middleware import add_request_id, make_auth_middleware, make_error_middleware
+from services.gateway.params import SamplingDefaults
+from services.gateway.prepare import Planner, PlanLimits, ServedModel
+from services.gateway.routes import Gateway, Routes
+from services.gateway.server import listen
+from services.gateway.text import TextService
+from services.gateway.websocket import SocketSet
+from shared.bus.connection import check, connect, connect_blocking
+from shared.bus.events import EventFeed
+from shared.bus.registry import Registry
+from shared.bus.requests import RequestStore
+from shared.bus.stream import RequestStreams
+from shared.config import Settings
+from shared.errors import BusUnavailable
+from shared.model.source import ModelSource, resolve
+from shared.protocol.keys import Keys
+from shared.tokenizer.codec import TextCodec
+from shared.tokenizer.loader import load_tokenizer
+
+_DRAIN_POLL_S = 0.05
+
+BUS_COUNTERS = {
+    "journal_replays_total": "Journals read to fill a gap or after silence.",
+    "resubmits_total": "Requests submitted again because Redis forgot them.",
+    "repairs_total": "Requests whose journal had to be set back to what the client has.",
+    "resubscribes_total": "Times the token channel was subscribed again.",
+}
+
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """What the gateway needs of a model: its text side and its limits."""
+
+    name: str
+    codec: TextCodec
+    vocab_size: int
+    max_model_len: int
+    defaults: SamplingDefaults
+
+
+def load_model(settings: Settings) -> LoadedModel:
+    """Read tokenizer, template and defaults; no weights. Raises ConfigurationError."""
+    source = resolve(settings.model)
+    codec = load_tokenizer(source, chat_template=settings.chat_template or None)
+    longest = source.config.max_position
+    return LoadedModel(
+        name=settings.served_model_name or source.name,
+        codec=codec,
+        vocab_size=source.config.vocab_size,
+        max_model_len=min(settings.engine.max_model_len or longest, longest),
+        defaults=_defaults(source) if settings.gateway.generation_defaults else SamplingDefaults(),
+    )
+
+
+async def run_gateway(settings: Settings, stop: asyncio.Event) -> None:
+    """Serve until `stop` is set, then drain. Raises ConfigurationError and BusUnavailable at start."""
+    model = await asyncio.to_thread(load_model, settings)
+    async with serve(settings, model) as (gateway, url):
+        _log.info("gateway_ready", url=url, model=model.name, keys=len(settings.api_keys))
+        if not settings.api_keys:
+            _log.warning("gateway_open_to_all", hint="set SLIPSTREAM_API_KEYS to ask for a key")
+        await stop.wait()
+        await drain(gateway, settings.drain_timeout_s)
+    _log.info("gateway_stopped")
+
+
+@asynccontextmanager
+async def serve(settings: Settings, model: LoadedModel) -> AsyncIterator[tuple[Gateway, str]]:
+    """A listening gateway and its URL."""
+    keys = Keys(settings.deployment)
+    gateway_id = f"gw-{secrets.token_hex(6)}"
+    async with AsyncExitStack() as stack:
+        commands = await stack.enter_async_context(connect(settings.redis.url))
+        reader = await stack.enter_async_context(connect_blocking(settings.redis.url))
+        _log.info("bus_connected", server=await check(commands), gateway_id=gateway_id)
+        registry = Registry(commands, keys, int(settings.redis.heartbeat_ttl_s * 1000))
+        cluster = ClusterView(
+            registry, gateway_id, model.name, settings.redis.heartbeat_s, settings.redis.heartbeat_ttl_s
+        )
+        await cluster.refresh()
+        stack.push_async_callback(cluster.leave)
+        await stack.enter_async_context(_background(cluster))
+        feed = EventFeed(reader, keys, gateway_id)
+        streams = await stack.enter_async_context(RequestStreams(RequestStore(commands, keys), feed, gateway_id))
+        gateway = make_gateway(settings, model, cluster, streams, keys, gateway_id)
+        stack.callback(gateway.text.close)
+        url = await stack.enter_async_context(
+            listen(build_app(gateway, KeyRing(settings.key_values)), settings.gateway)
+        )
+        yield gateway, url
+
+
+def make_gateway(
+    settings: Settings,
+    model: LoadedModel,
+    cluster: ClusterView,
+    streams: RequestStreams,
+    keys: Keys,
+    gateway_id: str,
+) -> Gateway:
+    """The parts behind the routes, wired."""
+    edge = settings.gateway
+    metrics = GatewayMetrics(model.name)
+    metrics.watch_workers(lambda: cluster.beats)
+    metrics.watch_counters(BUS_COUNTERS, lambda: _bus_counts(streams))
+    text = TextService(model.codec, model.vocab_size, model.max_model_len, edge.text_threads, edge.text_timeout_s)
+    served = ServedModel(model.name, model.max_model_len, model.defaults, int(time.time()))
+    limits = PlanLimits(edge.max_prompts, edge.max_messages, int(edge.request_timeout_s * 1000))
+    return Gateway(
+        settings=edge,
+        version=version(),
+        planner=Planner(served, text, cluster, keys, gateway_id, limits),
+        text=text,
+        opener=streams,
+        cluster=cluster,
+        admission=Admission(edge.max_in_flight, edge.max_in_flight_per_key, edge.max_queued),
+        sockets=SocketSet(edge.max_websockets, metrics.websockets.set),
+        metrics=metrics,
+    )
+
+
+def build_app(gateway: Gateway, keys: KeyRing) -> web.Application:
+    """The aiohttp application: errors outermost, then the key check, then the routes."""
+    app = web.Application(
+        client_max_size=gateway.settings.max_body_bytes,
+        middlewares=[make_error_middleware(gateway.metrics), make_auth_middleware(keys)],
+    )
+    app.on_response_prepare.append(add_request_id)
+    app.add_routes(Routes(gateway).table())
+    return app
+
+
+async def drain(gateway: Gateway, timeout_s: float) -> None:
+    """Refuse new requests and wait for the running ones, at most `timeout_s`; then close the sockets."""
+    gateway.cluster.draining = True
+    _log.info("gateway_draining", in_flight=gateway.admission.in_flight, queued=gateway.admission.queued)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            while gateway.admission.in_flight or gateway.admission.queued:
+                await asyncio.sleep(_DRAIN_POLL_S)
+    await gateway.sockets.close()
+
+
+def version() -> str:
+    """Version of the installed distribution; a checkout that was never installed has none."""
+    try:
+        return importlib.metadata.version("slipstream")
+    except importlib.metadata.PackageNotFoundError:
+        return "0+unknown"
+
+
+@asynccontextmanager
+async def _background(cluster: ClusterView) -> AsyncIterator[None]:
+    task = asyncio.create_task(cluster.run(), name="cluster-view")
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def _defaults(source: ModelSource) -> SamplingDefaults:
+    given = source.generation
+    return SamplingDefaults(given.temperature, given.top_p, given.top_k, given.min_p, given.repetition_penalty)
+
+
+def _bus_counts(streams: RequestStreams) -> dict[str, int]:
+    counters = streams.counters
+    return {
+        "journal_replays_total": counters.replays,
+        "resubmits_total": counters.resubmits,
+        "repairs_total": counters.repairs,
+        "resubscribes_total": counters.resubscribes,
+    }

@@ -1,0 +1,85 @@
+"""The HTTP listener: aiohttp with every limit set, and our error shape for what never reaches a route."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import structlog
+from aiohttp import web
+
+from services.gateway.errors import ApiError
+from shared.config import GatewaySettings
+from shared.errors import ConfigurationError
+
+MAX_HEADER_BYTES = 8190
+MAX_HEADERS = 128
+SHUTDOWN_S = 1.0
+
+_log = structlog.get_logger()
+
+
+class _Connection(web.RequestHandler[web.Request]):
+    """One client connection; answers requests that cannot be parsed in OpenAI's error shape."""
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        if request.writer.output_size > 0:
+            raise ConnectionError("the response has begun already")
+        if status < 500:
+            error = ApiError(status, "invalid_request_error", "bad_request", "The HTTP request is malformed.")
+        else:
+            _log.error("connection_failed", exc_info=exc)
+            error = ApiError(status, "server_error", "internal_error", "The server failed.")
+        response = error.response()
+        response.headers["x-request-id"] = uuid.uuid4().hex
+        response.force_close()
+        return response
+
+
+@asynccontextmanager
+async def listen(app: web.Application, settings: GatewaySettings) -> AsyncIterator[str]:
+    """Serve `app` while the context is open; yields the base URL. Raises ConfigurationError when the port is taken.
+
+    A handler is cancelled when its client leaves, which is how a lost client's request ends.
+    """
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=SHUTDOWN_S)
+    await runner.setup()
+    loop = asyncio.get_running_loop()
+
+    def connection() -> asyncio.Protocol:
+        assert runner.server is not None
+        return _Connection(
+            runner.server,
+            loop=loop,
+            access_log=None,
+            auto_decompress=False,
+            keepalive_timeout=settings.keepalive_timeout_s,
+            max_line_size=MAX_HEADER_BYTES,
+            max_field_size=MAX_HEADER_BYTES,
+            max_headers=MAX_HEADERS,
+        )
+
+    try:
+        try:
+            server = await loop.create_server(connection, settings.host, settings.port, backlog=512)
+        except OSError as exc:
+            where = f"{settings.host}:{settings.port}"
+            raise ConfigurationError(
+                f"cannot listen on {where} ({exc.strerror or exc}); set SLIPSTREAM_GATEWAY__PORT to a free port"
+            ) from None
+        try:
+            port = server.sockets[0].getsockname()[1]
+            host = f"[{settings.host}]" if ":" in settings.host else settings.host
+            yield f"http://{host}:{port}"
+        finally:
+            server.close()
+    finally:
+        await runner.cleanup()

@@ -1,0 +1,99 @@
+"""Server-sent events: one socket write per stream and step, comments while idle, an end that is always said.
+
+A stream that fails after its headers says so in an error event before `[DONE]`, because clients
+take a silent end for success.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+from aiohttp import web
+
+from services.gateway.errors import to_api_error
+from services.gateway.generation import Generation
+from services.gateway.prepare import Plan
+from services.gateway.responses import ResponseFormat
+
+HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
+
+_PING = b": ping\n\n"
+_DONE = b"data: [DONE]\n\n"
+
+STREAM_KEY = "sse_stream"
+"""Where a request holds its response once the headers are out, for the error middleware."""
+
+
+class ClientStalled(ConnectionError):
+    """The client reads nothing any more; its request is cancelled as if it had left."""
+
+
+def event(data: str, event_id: str = "") -> bytes:
+    """One event; `data` has no line break because it is JSON."""
+    head = f"id: {event_id}\n" if event_id else ""
+    return f"{head}data: {data}\n\n".encode()
+
+
+class EventStream:
+    """The response side of one stream; headers go out with the first write."""
+
+    def __init__(self, request: web.Request, stall_timeout_s: float) -> None:
+        self._request = request
+        self._stall_timeout_s = stall_timeout_s
+        self._response = web.StreamResponse(headers=HEADERS)
+
+    @property
+    def is_open(self) -> bool:
+        return self._response.prepared
+
+    async def write(self, parts: Iterable[bytes]) -> None:
+        """Write all parts at once. Raises ClientStalled when the client takes nothing for too long."""
+        try:
+            async with asyncio.timeout(self._stall_timeout_s):
+                if not self._response.prepared:
+                    await self._response.prepare(self._request)
+                    self._request[STREAM_KEY] = self._response
+                await self._response.write(b"".join(parts))
+        except TimeoutError:
+            if self._request.transport is not None:
+                self._request.transport.abort()
+            raise ClientStalled("the client stopped reading") from None
+
+    async def ping(self) -> None:
+        await self.write([_PING])
+
+    async def close(self, *parts: bytes) -> web.StreamResponse:
+        """Write the last events and `[DONE]`."""
+        await self.write([*parts, _DONE])
+        await self._response.write_eof()
+        return self._response
+
+
+async def stream_answer(
+    stream: EventStream, generation: Generation, plan: Plan, layout: ResponseFormat, ping_s: float
+) -> web.StreamResponse:
+    """Write a generation's deltas as events until it ends.
+
+    An error before the first event is raised and becomes an ordinary error response; a later one is
+    written into the stream and then raised, so that it is counted and logged all the same.
+    """
+    opening = [event(chunk) for chunk in layout.opening()]
+    try:
+        while (deltas := await generation.next(ping_s)) is not None:
+            if not deltas:
+                await stream.ping()
+                continue
+            usage = generation.usage() if plan.body.continuous_usage else None
+            await stream.write([*opening, *(event(layout.chunk(delta, usage), delta.event_id) for delta in deltas)])
+            opening = []
+    except Exception as exc:
+        if stream.is_open and not isinstance(exc, ConnectionError):
+            await stream.close(event(to_api_error(exc).body().decode()))
+        raise
+    tail = [event(layout.usage_chunk(generation.usage()), generation.last_event_id)] if plan.body.include_usage else []
+    return await stream.close(*opening, *tail)

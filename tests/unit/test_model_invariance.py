@@ -1,0 +1,230 @@
+"""A row has the same bits alone, in any batch, and however its sequence was cut into chunks."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from shared.kv.layout import KVLayout
+from shared.model.decoder import Decoder
+from shared.model.invariance import numerics_fingerprint, probe
+from shared.model.registry import load
+from shared.model.source import ModelSource, resolve
+from tests.model_checkpoints import random_model, save_and_load, tokens
+from tests.model_driver import DrivenSequence, ModelDriver
+
+ROW_COUNTS = range(1, 65)
+CHUNK_SIZES = (1, 2, 3, 5, 7, 11, 33, 97)
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gqa3": ("LlamaForCausalLM", {"heads": 6, "kv_heads": 2, "head_dim": 16, "hidden_size": 96}),
+    "gqa3-odd": ("LlamaForCausalLM", {"heads": 9, "kv_heads": 3, "head_dim": 10, "intermediate_size": 77}),
+    "qwen3-gqa3": ("Qwen3ForCausalLM", {"heads": 3, "kv_heads": 1, "head_dim": 64, "intermediate_size": 201}),
+    "gpt2-odd": ("GPT2LMHeadModel", {"heads": 3, "head_dim": 25, "n_inner": 203}),
+    "bigcode-mqa": ("GPTBigCodeForCausalLM", {"heads": 5, "head_dim": 12, "n_inner": 99}),
+}
+
+
+@pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=MODELS)
+def decoder(request: pytest.FixtureRequest, tmp_path: Path, threads: int) -> Decoder:
+    architecture, settings = MODELS[request.param]
+    return save_and_load(random_model(architecture, **settings), tmp_path)
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> tuple[ModelSource, Decoder]:
+    source = resolve("smollm2")
+    return source, load(source, "cpu", "float32")
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    """Stricter than equality: also 0.0 and -0.0 differ, and NaN is like itself."""
+    return left.shape == right.shape and torch.equal(left.view(torch.int32), right.view(torch.int32))
+
+
+def alone(decoder: Decoder, prompt: list[int]) -> Tensor:
+    """Hidden row of the last token of a prompt computed whole, by itself."""
+    return ModelDriver(decoder).step([(DrivenSequence(), prompt)])[0][-1:]
+
+
+def check_every_row_of_every_row_count(decoder: Decoder, prompts: Sequence[list[int]]) -> None:
+    driver = ModelDriver(decoder, num_blocks=1 + sum(len(prompt) // 16 + 1 for prompt in prompts))
+    sequences = [DrivenSequence() for _ in prompts]
+    for sequence, prompt in zip(sequences, prompts, strict=True):
+        driver.step([(sequence, prompt[:-1])])
+
+    def decode(count: int) -> Tensor:
+        rows = driver.step([(seq, prompt[-1:]) for seq, prompt in zip(sequences[:count], prompts, strict=False)])
+        for sequence in sequences[:count]:
+            sequence.num_tokens -= 1
+        return torch.cat(rows)
+
+    hidden = torch.cat([alone(decoder, prompt) for prompt in prompts])
+    logits = torch.cat([decoder.logits(row[None]) for row in hidden])
+    for count in range(1, len(prompts) + 1):
+        assert same_bits(decode(count), hidden[:count]), f"hidden rows of a batch of {count}"
+        assert same_bits(decoder.logits(hidden[:count]), logits[:count]), f"logits of {count} rows"
+
+
+def check_chunks(decoder: Decoder, prompt: list[int], kv_dtype: torch.dtype = torch.float32) -> None:
+    num_blocks = 1 + (len(CHUNK_SIZES) + 1) * (len(prompt) // 16 + 1)
+    driver = ModelDriver(decoder, num_blocks, kv_dtype=kv_dtype)
+    whole = driver.chunked(prompt, len(prompt))
+    for size in CHUNK_SIZES:
+        assert same_bits(driver.chunked(prompt, size), whole), f"chunks of {size}"
+
+
+def check_mixed_steps(decoder: Decoder, prompts: Sequence[list[int]], seed: int) -> None:
+    """Random steps over all prompts, each contributing nothing, one token or a chunk, against each prompt alone."""
+    rng = random.Random(seed)
+    num_blocks = 1 + 2 * sum(len(prompt) // 16 + 1 for prompt in prompts)
+    driver = ModelDriver(decoder, num_blocks)
+    wanted = [driver.chunked(prompt, len(prompt)) for prompt in prompts]
+    sequences = [DrivenSequence() for _ in prompts]
+    found: list[list[Tensor]] = [[] for _ in prompts]
+    while any(seq.num_tokens < len(prompt) for seq, prompt in zip(sequences, prompts, strict=True)):
+        spans = {
+            index: prompts[index][seq.num_tokens : seq.num_tokens + rng.choice((0, 1, 1, 1, 2, 3, 4, 5, 17, 64, 90))]
+            for index, seq in enumerate(sequences)
+        }
+        items = [(sequences[index], span) for index, span in spans.items() if span]
+        if items:
+            logits = iter(driver.logits(items, extra_blocks=rng.choice((0, 1, 9))))
+            for index in [index for index, span in spans.items() if span]:
+                found[index].append(next(logits))
+    for rows, expected in zip(found, wanted, strict=True):
+        assert same_bits(torch.cat(rows), expected)
+
+
+def test_every_row_of_every_row_count(decoder: Decoder) -> None:
+    check_every_row_of_every_row_count(decoder, [tokens(1 + 5 * index % 167, seed=index) for index in ROW_COUNTS])
+
+
+def test_chunks(decoder: Decoder) -> None:
+    check_chunks(decoder, tokens(280))
+
+
+def test_mixed_steps(decoder: Decoder) -> None:
+    check_mixed_steps(decoder, [tokens(length, seed=length) for length in (1, 4, 63, 129, 130, 200)], seed=11)
+
+
+@pytest.mark.parametrize("name", ["gqa3", "qwen3-gqa3"])
+def test_lossy_cache_is_read_back_rounded(tmp_path: Path, threads: int, name: str) -> None:
+    architecture, settings = MODELS[name]
+    decoder = save_and_load(random_model(architecture, **settings), tmp_path)
+    prompt = tokens(200)
+    check_chunks(decoder, prompt, torch.bfloat16)
+    exact = ModelDriver(decoder).chunked(prompt, len(prompt))
+    rounded = ModelDriver(decoder, kv_dtype=torch.bfloat16).chunked(prompt, len(prompt))
+    assert not same_bits(rounded, exact)  # else the cache was not lossy and nothing was shown
+
+
+def test_wider_tables_and_other_blocks_change_no_bit(decoder: Decoder) -> None:
+    prompt = tokens(90)
+    driver = ModelDriver(decoder)
+    plain = driver.logits([(DrivenSequence(), prompt)])[0]
+    wide = driver.logits([(DrivenSequence(), prompt)], extra_blocks=40)[0]
+    small = ModelDriver(decoder, block_size=4).logits([(DrivenSequence(), prompt)])[0]
+    assert same_bits(wide, plain)
+    assert same_bits(small, plain)
+
+
+def test_a_broken_sequence_harms_no_other(decoder: Decoder) -> None:
+    prompt, victim = tokens(50), tokens(21, seed=1)
+    driver = ModelDriver(decoder)
+    expected = ModelDriver(decoder).logits([(DrivenSequence(), prompt)])[0][-1]
+    sequence, broken = DrivenSequence(), DrivenSequence()
+    driver.step([(sequence, prompt[:-1]), (broken, victim)])
+    driver.cache[:, broken.blocks] = torch.nan
+    logits, harmed = driver.logits([(sequence, prompt[-1:]), (broken, victim[:1])])
+    assert harmed.isnan().all()
+    assert same_bits(logits[-1], expected)
+    assert not driver.cache[:, 0].isnan().any()
+
+
+@pytest.mark.parametrize("name", ["gqa3", "qwen3-gqa3"])
+def test_probe_passes_with_padding_and_fires_without(tmp_path: Path, threads: int, name: str) -> None:
+    architecture, settings = MODELS[name]
+    model = random_model(architecture, **settings)
+    decoder = save_and_load(model, tmp_path)
+    config = decoder.config
+    layout = KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, 16)
+    passed, failed = probe(decoder, layout), probe(decoder.with_row_pad(1), layout)
+    assert (passed.ok, failed.ok) == (True, False)
+    assert "bits equal" in passed.detail
+    assert "bits differ" in failed.detail
+
+
+def test_probe_covers_a_lossy_cache(decoder: Decoder) -> None:
+    config = decoder.config
+    layout = KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, 16, "bfloat16")
+    assert probe(decoder, layout).ok
+
+
+def test_fingerprint_tells_apart_what_computes_differently(tmp_path: Path) -> None:
+    model = random_model("LlamaForCausalLM")
+    decoder = save_and_load(model, tmp_path / "a")
+    source = resolve(str(tmp_path / "a"))
+    again = load(source, "cpu", "float32")
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.5)
+    other = save_and_load(model, tmp_path / "b")
+    fingerprint = numerics_fingerprint(decoder, source, "float32")
+    assert len(fingerprint) == 16
+    assert numerics_fingerprint(again, source, "float32") == fingerprint
+    different = {
+        numerics_fingerprint(decoder, source, "bfloat16"),
+        numerics_fingerprint(decoder.with_row_pad(1), source, "float32"),
+        numerics_fingerprint(load(source, "cpu", "bfloat16"), source, "float32"),
+        numerics_fingerprint(other, source, "float32"),
+    }
+    assert len(different | {fingerprint}) == 5
+
+
+def test_fingerprint_does_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
+    decoder = save_and_load(random_model("Qwen3ForCausalLM"), tmp_path)
+    source = resolve(str(tmp_path))
+    before, found = torch.get_num_threads(), set()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        found.add(numerics_fingerprint(decoder, source, "float32"))
+    torch.set_num_threads(before)
+    assert len(found) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+class TestSmolLM2:
+    """The same on real shapes."""
+
+    def test_every_row_of_every_row_count(self, smollm2: tuple[ModelSource, Decoder]) -> None:
+        prompts = [tokens(1 + 5 * index % 167, seed=index) for index in ROW_COUNTS]
+        check_every_row_of_every_row_count(smollm2[1], prompts)
+
+    def test_chunks(self, smollm2: tuple[ModelSource, Decoder]) -> None:
+        check_chunks(smollm2[1], tokens(150))
+
+    def test_chunks_through_a_lossy_cache(self, smollm2: tuple[ModelSource, Decoder]) -> None:
+        check_chunks(smollm2[1], tokens(140), torch.bfloat16)
+
+    def test_mixed_steps(self, smollm2: tuple[ModelSource, Decoder]) -> None:
+        check_mixed_steps(smollm2[1], [tokens(length, seed=length) for length in (1, 4, 63, 130, 200)], seed=11)
+
+    def test_probe_passes_with_padding_and_fires_without(self, smollm2: tuple[ModelSource, Decoder]) -> None:
+        layout = KVLayout(30, 3, 64, 16)
+        assert probe(smollm2[1], layout).ok
+        assert not probe(smollm2[1].with_row_pad(1), layout).ok
