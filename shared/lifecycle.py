@@ -7,7 +7,7 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 
 import structlog
 import uvloop
@@ -26,24 +26,25 @@ EXIT_USAGE = 2
 _PR_SET_PDEATHSIG = 1
 
 
-def run_service(main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
+def run_service(main: Callable[[asyncio.Event], Coroutine[None, None, None]]) -> int:
     """Run `main(stop)` on uvloop until it returns; the exit status.
 
     The first SIGTERM or SIGINT sets `stop` (drain); a second one ends the process at once. Expected errors become
     one line, not a traceback.
     """
     die_with_parent()
+    status = EXIT_OK
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_supervised(main))
     except* SlipstreamError as group:
+        status = EXIT_FAILED
         for error in flatten(group):
             log.error("stopped", reason=str(error), code=getattr(error, "code", ""))
-        return EXIT_FAILED
-    return EXIT_OK
+    return status
 
 
-async def _supervised(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
+async def _supervised(main: Callable[[asyncio.Event], Coroutine[None, None, None]]) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 

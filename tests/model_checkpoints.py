@@ -78,8 +78,13 @@ def write_llama_gguf(
     path: Path,
     model: transformers.PreTrainedModel,
     quantised: dict[str, tuple[npt.NDArray[Any], gguf.GGMLQuantizationType]] | None = None,
+    extra: dict[str, npt.NDArray[np.float32]] | None = None,
+    without: tuple[str, ...] = (),
 ) -> None:
-    """Write a transformers Llama model as GGUF; `quantised` replaces tensors by raw bytes of a type."""
+    """Write a transformers Llama model as GGUF.
+
+    `quantised` replaces tensors by raw bytes of a type, `extra` adds or replaces tensors, `without` leaves some out.
+    """
     config, state = model.config, model.state_dict()
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -94,7 +99,10 @@ def write_llama_gguf(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_eos_token_id(2)
-    for name, tensor in llama_gguf_tensors(state, config).items():
+    tensors = llama_gguf_tensors(state, config) | (extra or {})
+    for name, tensor in tensors.items():
+        if name in without:
+            continue
         raw, kind = (quantised or {}).get(name, (tensor, gguf.GGMLQuantizationType.F32))
         writer.add_tensor(name, raw, raw_dtype=kind)
     writer.write_header_to_file()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Coroutine, Callable
 from typing import Annotated, Any
 
 import typer
@@ -113,7 +113,7 @@ def doctor(json_output: Json = False, *, overrides: dict[str, Any]) -> None:
     raise typer.Exit(_tell(lambda: asyncio.run(run_doctor(settings, as_json=json_output))))
 
 
-def _run(overrides: dict[str, Any], service: Callable[[Settings, asyncio.Event], Awaitable[None]]) -> None:
+def _run(overrides: dict[str, Any], service: Callable[[Settings, asyncio.Event], Coroutine[None, None, None]]) -> None:
     settings = _settings(overrides)
     if not settings.redis.url:
         _fail("one role alone needs a Redis to meet the others: set --redis-url or SLIPSTREAM_REDIS__URL")

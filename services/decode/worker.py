@@ -77,6 +77,11 @@ class DecodeService:
     def in_flight(self) -> int:
         return self._in_flight
 
+    @property
+    def engine(self) -> Engine:
+        """For heartbeats, and for tests to look at."""
+        return self._context.built.engine
+
     def requests(self) -> Iterable[tuple[str, str]]:
         return self._journaler.requests()
 

@@ -38,6 +38,8 @@ class Admission:
         self._queues: OrderedDict[str, deque[_Waiter]] = OrderedDict()
         self.in_flight = 0
         self.queued = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     @asynccontextmanager
     async def slot(self, key_id: str, weight: int = 1) -> AsyncIterator[None]:
@@ -52,6 +54,7 @@ class Admission:
         if self._held[key_id] + weight > self._max_per_key:
             raise RateLimited("Too many requests at once for this key; wait for one to end.", _RETRY_AFTER_S)
         self._held[key_id] += weight
+        self._idle.clear()
         try:
             await self._enter(key_id, weight)
             try:
@@ -63,6 +66,12 @@ class Admission:
             self._held[key_id] -= weight
             if not self._held[key_id]:
                 del self._held[key_id]
+            if not self._held:
+                self._idle.set()
+
+    async def wait_idle(self) -> None:
+        """Until nobody holds or waits for a slot."""
+        await self._idle.wait()
 
     async def _enter(self, key_id: str, weight: int) -> None:
         if not self._queues and self.in_flight + weight <= self._max_in_flight:

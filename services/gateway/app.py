@@ -26,7 +26,7 @@ from services.gateway.health import ClusterView
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.middleware import add_request_id, make_auth_middleware, make_error_middleware
 from services.gateway.params import SamplingDefaults
-from services.gateway.prepare import Planner, PlanLimits, ServedModel
+from services.gateway.prepare import PlanLimits, Planner, ServedModel
 from services.gateway.routes import Gateway, Routes
 from services.gateway.server import listen
 from services.gateway.text import TextService
@@ -37,13 +37,13 @@ from shared.bus.registry import Registry
 from shared.bus.requests import RequestStore
 from shared.bus.stream import RequestStreams
 from shared.config import Settings
-from shared.errors import BusUnavailable
+from shared.errors import ConfigurationError
 from shared.model.source import ModelSource, resolve
 from shared.protocol.keys import Keys
 from shared.tokenizer.codec import TextCodec
 from shared.tokenizer.loader import load_tokenizer
 
-_DRAIN_POLL_S = 0.05
+_MAX_TEMPLATE_BYTES = 1 << 20
 
 BUS_COUNTERS = {
     "journal_replays_total": "Journals read to fill a gap or after silence.",
@@ -69,7 +69,7 @@ class LoadedModel:
 def load_model(settings: Settings) -> LoadedModel:
     """Read tokenizer, template and defaults; no weights. Raises ConfigurationError."""
     source = resolve(settings.model)
-    codec = load_tokenizer(source, chat_template=settings.chat_template or None)
+    codec = load_tokenizer(source, chat_template=_read_template(settings.chat_template))
     longest = source.config.max_position
     return LoadedModel(
         name=settings.served_model_name or source.name,
@@ -164,8 +164,7 @@ async def drain(gateway: Gateway, timeout_s: float) -> None:
     _log.info("gateway_draining", in_flight=gateway.admission.in_flight, queued=gateway.admission.queued)
     with suppress(TimeoutError):
         async with asyncio.timeout(timeout_s):
-            while gateway.admission.in_flight or gateway.admission.queued:
-                await asyncio.sleep(_DRAIN_POLL_S)
+            await gateway.admission.wait_idle()
     await gateway.sockets.close()
 
 
@@ -185,6 +184,17 @@ async def _background(cluster: ClusterView) -> AsyncIterator[None]:
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+def _read_template(setting: str) -> str | None:
+    """The operator's template: a file's content, or the setting itself when it is a template's text."""
+    if not setting or "{%" in setting or "{{" in setting:
+        return setting or None
+    try:
+        with open(setting, encoding="utf-8") as file:
+            return file.read(_MAX_TEMPLATE_BYTES)
+    except (OSError, UnicodeError) as exc:
+        raise ConfigurationError(f"SLIPSTREAM_CHAT_TEMPLATE {setting!r} cannot be read: {exc}") from None
 
 
 def _defaults(source: ModelSource) -> SamplingDefaults:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Awaitable, Callable
 
 import structlog
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
 from services.gateway.auth import KeyRing
 from services.gateway.errors import ApiError, to_api_error
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.sse import STREAM_KEY
 from shared.errors import CapacityError, RequestError
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-Middleware = Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]
 
 KEY_ID = "key_id"
 OPEN_ROUTES = frozenset({"/live", "/health"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,10 +19,13 @@ MAX_HEADER_BYTES = 8190
 MAX_HEADERS = 128
 SHUTDOWN_S = 1.0
 
+_NO_ACCESS_LOG = logging.getLogger("slipstream.access")
+_NO_ACCESS_LOG.disabled = True
+
 _log = structlog.get_logger()
 
 
-class _Connection(web.RequestHandler[web.Request]):
+class _Connection(web.RequestHandler):
     """One client connection; answers requests that cannot be parsed in OpenAI's error shape."""
 
     def handle_error(
@@ -50,7 +54,7 @@ async def listen(app: web.Application, settings: GatewaySettings) -> AsyncIterat
 
     A handler is cancelled when its client leaves, which is how a lost client's request ends.
     """
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=SHUTDOWN_S)
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=SHUTDOWN_S)
     await runner.setup()
     loop = asyncio.get_running_loop()
 
@@ -59,12 +63,12 @@ async def listen(app: web.Application, settings: GatewaySettings) -> AsyncIterat
         return _Connection(
             runner.server,
             loop=loop,
-            access_log=None,
             auto_decompress=False,
             keepalive_timeout=settings.keepalive_timeout_s,
             max_line_size=MAX_HEADER_BYTES,
             max_field_size=MAX_HEADER_BYTES,
             max_headers=MAX_HEADERS,
+            access_log=_NO_ACCESS_LOG,
         )
 
     try:

@@ -79,6 +79,11 @@ class PrefillService:
     def in_flight(self) -> int:
         return len(self._begun)
 
+    @property
+    def engine(self) -> Engine:
+        """For heartbeats, and for tests to look at."""
+        return self._context.built.engine
+
     def requests(self) -> Iterable[tuple[str, str]]:
         return [(lease.request_id, gateway) for lease, gateway in self._begun.items()]
 

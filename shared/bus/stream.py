@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -176,7 +176,7 @@ class RequestStreams:
 
     async def __aenter__(self) -> Self:
         await self._feed.subscribe()
-        self._loops.tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._keep())]
+        self._loops.tasks = [asyncio.create_task(self._forever(loop)) for loop in (self._listen, self._keep)]
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -227,6 +227,17 @@ class RequestStreams:
         self._handles[request_id] = handle
         self._judge(handle, handle._delivery.replay(polled.entries))
         return handle
+
+    async def _forever(self, loop: Callable[[], Awaitable[None]]) -> None:
+        """Run a background loop again after a fault of ours: no stream may wait on a loop that died."""
+        while True:
+            try:
+                await loop()
+            except Exception:
+                _log.exception("stream_loop_failed", loop=loop.__name__)
+                for handle in self._handles.values():
+                    handle._doubt = True
+                await asyncio.sleep(TICK_S)
 
     async def _listen(self) -> None:
         async for batch in self._feed:
@@ -282,6 +293,9 @@ class RequestStreams:
         except ProtocolError as error:
             _log.error("journal_unreadable", request_id=handle.request_id, error=str(error)[:200])
             handle._end(OUTCOME_ERROR, "protocol_error", "The request's journal cannot be read.")
+        except Exception:
+            _log.exception("stream_recovery_failed", request_id=handle.request_id)
+            handle._end(OUTCOME_ERROR, "internal_error", "The gateway failed to follow the request.")
         finally:
             handle._busy = False
         self._give_up(handle)

@@ -19,6 +19,9 @@ from shared.model.batch import AttentionGroup, ForwardBatch, padded_rows
 SPLIT = 128
 """Tokens whose weighted values are summed in one product; a multiple of every block size."""
 
+_WIDTH_PAD = 4
+"""Values are padded to a multiple of this width: products 5 to 7 or 9 to 11 columns wide depend on the row's place."""
+
 _TILE_TOKENS = 64
 """Query tokens of a sequence scored at once: bounds the score matrix, rows being independent."""
 
@@ -175,10 +178,12 @@ def paged_attention(fused: Tensor, cache: Tensor, plan: AttentionPlan, heads: He
     for part in plan.parts:
         shape = (2, part.num_seqs * heads.num_kv_heads, -1, heads.head_dim)
         keys, values = cache_rows.index_select(0, part.kv_rows).view(shape).to(fused.dtype)
+        if heads.head_dim % _WIDTH_PAD:
+            values = F.pad(values, (0, -heads.head_dim % _WIDTH_PAD))
         for tile in part.tiles:
             queries = query_rows.index_select(0, tile.query_rows).view(len(keys), -1, heads.head_dim)
             attended = _attend(queries, keys[:, : tile.num_keys], values[:, : tile.num_keys], tile.mask, heads)
-            results.append(attended.view(-1, heads.head_dim).to(fused.dtype))
+            results.append(attended[..., : heads.head_dim].reshape(-1, heads.head_dim).to(fused.dtype))
     return torch.cat(results).index_select(0, plan.output_rows).view(num_tokens, -1)
 
 

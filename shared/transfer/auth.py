@@ -13,6 +13,7 @@ The link is authenticated, not encrypted: prompts' KV is readable on the wire.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import secrets
 from dataclasses import dataclass
@@ -78,4 +79,6 @@ def _direction_keys(secret: bytes, nonce_e: bytes, nonce_i: bytes) -> tuple[byte
 
 
 def _mac(secret: bytes, role: bytes, nonce_e: bytes, nonce_i: bytes) -> bytes:
-    return hmac.digest(secret, b"slipstream-kv " + role + b"\0" + nonce_e + nonce_i, "sha256")
+    # Hashed first: HMAC pads short keys with zeros, and a secret must not equal itself plus a zero byte.
+    key = hashlib.sha256(secret).digest()
+    return hmac.digest(key, b"slipstream-kv " + role + b"\0" + nonce_e + nonce_i, "sha256")

@@ -49,7 +49,7 @@ class SharedMemoryTransport:
             return None
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a NUL in the path
             return None
         try:
             if not _is_pool(os.fstat(fd), info, num_blocks * layout.bytes_per_block):

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from shared.kv.layout import KVLayout
-from shared.transfer import receiver, session
 from shared.transfer.base import MAX_RECORD_BYTES, FrameTap
+from shared.transfer.blocks import gather, scatter
 from shared.transfer.frame import DIGEST_BYTES
 from shared.transfer.registry import TRANSPORTS, load_transport
 from tests.transfer_rig import (
@@ -174,9 +174,10 @@ async def test_a_flip_anywhere_is_refused(transport: str) -> None:
         return _flip(position)(frame)
 
     async with transfer_pair([transport], IMPATIENT, tap=tap) as pair:
-        for position in [*range(0, 40), *range(40, 140, 9)]:  # noqa: B007 - the tap reads it
+        for position in [*range(0, 40), *range(40, 140, 9)]:
             error = await failure(pair.pull(pair.finished(8)))
-            assert error.reason in {"digest", "malformed", "coverage"}, position
+            # A length that grew may make the reader wait for bytes that never come.
+            assert error.reason in {"digest", "malformed", "coverage", "timeout"}, position
         pair.assert_target_untouched()
 
 
@@ -327,14 +328,14 @@ def _wire_length(pair: Pair, transport: str, num_blocks: int) -> int:
 
 
 async def test_released_waits_for_the_copy_out_of_the_pool(transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    entered, go_on, gather = threading.Event(), threading.Event(), session.gather
+    entered, go_on = threading.Event(), threading.Event()
 
     def slow_gather(*args: object) -> torch.Tensor:
         entered.set()
         go_on.wait(10)
         return gather(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(session, "gather", slow_gather)
+    monkeypatch.setattr("shared.transfer.session.gather", slow_gather)
     async with transfer_pair([transport]) as pair:
         export = pair.finished(8)
         pull = pair.pulling(export)
@@ -349,14 +350,14 @@ async def test_released_waits_for_the_copy_out_of_the_pool(transport: str, monke
 
 
 async def test_a_pull_ends_only_after_its_copy_into_the_pool(transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    entered, go_on, scatter = threading.Event(), threading.Event(), receiver.scatter
+    entered, go_on = threading.Event(), threading.Event()
 
     def slow_scatter(*args: object) -> None:
         entered.set()
         go_on.wait(10)
         scatter(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(receiver, "scatter", slow_scatter)
+    monkeypatch.setattr("shared.transfer.receiver.scatter", slow_scatter)
     async with transfer_pair([transport]) as pair:
         pull = pair.pulling(pair.finished(8))
         await asyncio.to_thread(entered.wait, 10)
@@ -370,11 +371,11 @@ async def test_a_pull_ends_only_after_its_copy_into_the_pool(transport: str, mon
 
 
 async def test_a_wait_longer_than_the_deadline_is_kept_alive(transport: str) -> None:
-    async with transfer_pair([transport], IMPATIENT) as pair:
+    async with transfer_pair([transport], replace(LIMITS, progress_timeout_s=0.5)) as pair:
         export = pair.open(8, 4)
         pull = pair.pulling(export)
         await readers_are(export, 1)
-        await asyncio.wait([pull], timeout=4 * IMPATIENT.progress_timeout_s)
+        await asyncio.wait([pull], timeout=1.2)
         assert not pull.done()
         export.progress(8)
         export.finish(b"late")

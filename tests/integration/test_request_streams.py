@@ -302,3 +302,34 @@ async def test_rubbish_on_the_channel_is_ignored(g: Gateway) -> None:
     await g.bench.append(lease, tokens([], [1], finish="stop"))
     assert await collect(handle) == ([1], End("finished"))
     assert chain("", [1]) == (await g.bench.journal()).choices[0].h
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"), [(RuntimeError("a bug"), "internal_error"), (ProtocolError("a bad entry"), "protocol_error")]
+)
+async def test_a_fault_while_reading_the_journal_ends_the_stream(
+    g: Gateway, monkeypatch: pytest.MonkeyPatch, fault: Exception, code: str
+) -> None:
+    async def broken(*_: object) -> None:
+        raise fault
+
+    monkeypatch.setattr(g.bench.store, "poll", broken)
+    _, end = await collect(await g.open())
+    assert (end.outcome, end.code) == ("error", code)
+
+
+async def test_a_loop_that_fails_is_started_again(redis_url: str, keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with gateway(redis_url, keys, silence_s=1000) as g:
+        judge, failures = g.streams._judge, iter([RuntimeError("a bug")])
+
+        def failing(*args: Any) -> None:
+            for failure in failures:
+                raise failure
+            judge(*args)
+
+        monkeypatch.setattr(g.streams, "_judge", failing)
+        handle = await g.open()
+        lease = await g.begun()
+        await g.bench.append(lease, tokens([], [1]))
+        await g.bench.append(lease, tokens([1], [2], finish="stop"))
+        assert await collect(handle) == ([1, 2], End("finished"))

@@ -127,16 +127,19 @@ class Peer:
     now: float = 0.0
     entries: set[tuple[str, str]] = field(default_factory=set)
     requests: list[tuple[str, str]] = field(default_factory=list)
+    streams: tuple[str, ...] = ()
+    watched: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.registry = Registry(self.bench.client, self.bench.keys)
         self.sweeper = Sweeper(
             self.bench.client,
             self.bench.store,
-            self.bench.queue("peer"),
+            self.bench.queue("peer", *self.streams),
             self.registry,
             InFlight(lambda: self.entries, lambda: self.requests),
             clock=lambda: self.now,
+            watched=self.watched,
         )
 
     async def tick(self, after: float = 1.0) -> None:
@@ -163,6 +166,16 @@ async def test_a_dead_workers_request_is_requeued_after_two_misses_of_a_healthy_
     assert peer.sweeper.counters.dead_workers == 1
     names = [row["name"] for row in await bench.client.xinfo_consumers(bench.decode, "workers")]
     assert names == [], "the dead consumer is forgotten once it holds nothing"
+
+
+async def test_the_other_roles_streams_can_be_watched(bench: Bench) -> None:
+    """The last decode worker dies: a prefill worker brings its request back."""
+    peer = Peer(bench, streams=(bench.prefill,), watched=(bench.decode,))
+    lease = await bench.committed()
+    for _ in range(5):
+        await peer.tick()
+    assert not (await bench.store.touch(lease)).owner
+    assert await bench.field("state") == "queued"
 
 
 async def test_a_worker_with_a_heartbeat_keeps_its_work(bench: Bench, peer: Peer) -> None:

@@ -235,7 +235,9 @@ def refused(run: ChatTemplate, chat: list[dict[str, object]], **options: Any) ->
 
 
 def test_the_templates_own_refusal_is_passed_on_shortened() -> None:
-    error = refused(template("{{ raise_exception('Roles must alternate, ' ~ messages[0].content) }}"), user("<|im_end|>"))
+    error = refused(
+        template("{{ raise_exception('Roles must alternate, ' ~ messages[0].content) }}"), user("<|im_end|>")
+    )
     assert str(error) == "Roles must alternate, <|im_end|>"
     assert error.param == "messages"
     long = str(refused(template("{{ raise_exception(messages[0].content) }}"), user("x" * 5000)))

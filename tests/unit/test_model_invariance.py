@@ -31,18 +31,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+CASES = [(name, 1) for name in MODELS] + [(name, 2) for name in ("gqa3", "gqa3-odd")]
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}-threads")
+def decoder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Decoder]:
+    """A tiny model, and the number of compute threads set for it."""
+    name, threads = request.param
+    architecture, settings = MODELS[name]
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
+    torch.set_num_threads(threads)
+    yield save_and_load(random_model(architecture, **settings), tmp_path)
     torch.set_num_threads(before)
-
-
-@pytest.fixture(params=MODELS)
-def decoder(request: pytest.FixtureRequest, tmp_path: Path, threads: int) -> Decoder:
-    architecture, settings = MODELS[request.param]
-    return save_and_load(random_model(architecture, **settings), tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -122,10 +122,7 @@ def test_mixed_steps(decoder: Decoder) -> None:
     check_mixed_steps(decoder, [tokens(length, seed=length) for length in (1, 4, 63, 129, 130, 200)], seed=11)
 
 
-@pytest.mark.parametrize("name", ["gqa3", "qwen3-gqa3"])
-def test_lossy_cache_is_read_back_rounded(tmp_path: Path, threads: int, name: str) -> None:
-    architecture, settings = MODELS[name]
-    decoder = save_and_load(random_model(architecture, **settings), tmp_path)
+def test_lossy_cache_is_read_back_rounded(decoder: Decoder) -> None:
     prompt = tokens(200)
     check_chunks(decoder, prompt, torch.bfloat16)
     exact = ModelDriver(decoder).chunked(prompt, len(prompt))
@@ -156,11 +153,7 @@ def test_a_broken_sequence_harms_no_other(decoder: Decoder) -> None:
     assert not driver.cache[:, 0].isnan().any()
 
 
-@pytest.mark.parametrize("name", ["gqa3", "qwen3-gqa3"])
-def test_probe_passes_with_padding_and_fires_without(tmp_path: Path, threads: int, name: str) -> None:
-    architecture, settings = MODELS[name]
-    model = random_model(architecture, **settings)
-    decoder = save_and_load(model, tmp_path)
+def test_probe_passes_with_padding_and_fires_without(decoder: Decoder) -> None:
     config = decoder.config
     layout = KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, 16)
     passed, failed = probe(decoder, layout), probe(decoder.with_row_pad(1), layout)

@@ -28,7 +28,11 @@ from tests.text_models import (
     write_folder,
 )
 
-FAMILIES = {"byte_level": byte_level_tokenizer, "sentencepiece": sentencepiece_tokenizer, "metaspace": metaspace_tokenizer}
+FAMILIES = {
+    "byte_level": byte_level_tokenizer,
+    "sentencepiece": sentencepiece_tokenizer,
+    "metaspace": metaspace_tokenizer,
+}
 USER = [{"role": "user", "content": "hi"}]
 
 
@@ -73,7 +77,12 @@ def test_added_tokens_that_are_not_special_are_ordinary_vocabulary() -> None:
     [
         {"eos_token": "jump"},
         {"additional_special_tokens": ["jump"]},
-        {"added_tokens_decoder": {"9": {"content": "jump", "special": True}, "10": {"content": "er", "special": False}}},
+        {
+            "added_tokens_decoder": {
+                "9": {"content": "jump", "special": True},
+                "10": {"content": "er", "special": False},
+            }
+        },
     ],
 )
 def test_tokens_declared_special_in_the_config_are_control_tokens(tmp_path: Path, config: dict[str, Any]) -> None:

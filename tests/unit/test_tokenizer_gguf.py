@@ -203,8 +203,11 @@ def merge_by_hand(text: str) -> list[int]:
     tokens, scores = sentencepiece_entries()["tokens"], sentencepiece_entries()["scores"]
     parts = list("▁" + text.replace(" ", "▁"))
     while True:
-        joined = [(scores[tokens.index(a + b)], -i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))
-                  if a + b in _PIECES]
+        joined = [
+            (scores[tokens.index(a + b)], -i)
+            for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))
+            if a + b in _PIECES
+        ]
         if not joined:
             break
         at = -max(joined)[1]
