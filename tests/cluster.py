@@ -48,7 +48,7 @@ class Process:
 
 @dataclass(slots=True)
 class Cluster:
-    """`with Cluster(folder, model) as cluster:` starts `prefill` + `decode` workers and one gateway, and waits for readiness."""
+    """`with Cluster(folder, model) as cluster:` starts workers and one gateway, and waits until they are ready."""
 
     folder: Path
     model_path: str

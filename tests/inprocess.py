@@ -87,7 +87,7 @@ class Bench:
 
     async def nothing_leaks(self) -> None:
         """No request in flight, and every block free or cached, on both sides."""
-        services = [*self.prefill, *self.decode]
+        services: list[PrefillService | DecodeService] = [*self.prefill, *self.decode]
         await self.until(lambda: all(not service.in_flight for service in services))
         for service in services:
             engine = service.engine

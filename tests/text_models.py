@@ -73,6 +73,13 @@ def _train(tokenizer: Tokenizer, vocab_size: int, alphabet: Sequence[str]) -> No
     tokenizer.train_from_iterator(CORPUS, trainer)
 
 
+def token_id(tokenizer: Tokenizer, text: str) -> int:
+    """The id of a token that is there."""
+    found = tokenizer.token_to_id(text)
+    assert found is not None, text
+    return found
+
+
 def write_folder(folder: Path, tokenizer: Tokenizer, config: Mapping[str, object] | None = None) -> Path:
     """Save the tokenizer files of a model folder; `config` goes into tokenizer_config.json."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -49,7 +49,8 @@ def curl_line(url: str, model: str, has_key: bool) -> str:
 def _limits(settings: Settings) -> str:
     gateway, engine = settings.gateway, settings.engine
     return (
-        f"{gateway.max_in_flight} requests in flight, {gateway.max_queued} queued, {gateway.max_body_bytes >> 20} MiB a body, "
+        f"{gateway.max_in_flight} requests in flight, {gateway.max_queued} queued, "
+        f"{gateway.max_body_bytes >> 20} MiB a body, "
         f"{engine.max_num_seqs} sequences and {engine.max_num_batched_tokens} tokens a step"
     )
 

@@ -35,7 +35,7 @@ class Chat:
                 else:
                     await self._converse(session)
             except (aiohttp.ClientError, TimeoutError, ChatRefused) as error:
-                print(f"slipstream: {self._url}: {error or type(error).__name__}", file=sys.stderr)
+                print(f"slipstream: {self._url}: {str(error) or type(error).__name__}", file=sys.stderr)
                 return 1
         return 0
 

@@ -69,7 +69,9 @@ def _packages() -> Finding:
 def _torch() -> Finding:
     import torch
 
-    cuda = f"CUDA {torch.version.cuda}, {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else "no CUDA device"
+    cuda = (
+        f"CUDA {torch.version.cuda}, {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else "no CUDA device"
+    )
     detail = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {cuda}"
     return Finding("compute", None, detail)
 
@@ -77,7 +79,9 @@ def _torch() -> Finding:
 def _memory() -> Finding:
     available = psutil.virtual_memory().available
     detail = f"{available >> 20} MiB available"
-    return Finding("memory", available >= _MIN_FREE, detail if available >= _MIN_FREE else f"{detail}; free at least 1 GiB")
+    return Finding(
+        "memory", available >= _MIN_FREE, detail if available >= _MIN_FREE else f"{detail}; free at least 1 GiB"
+    )
 
 
 def _shared_memory() -> Finding:
@@ -85,7 +89,9 @@ def _shared_memory() -> Finding:
         free = shutil.disk_usage("/dev/shm").free
     except OSError:
         return Finding("shared memory", None, "no /dev/shm: KV travels by TCP")
-    return Finding("shared memory", None, f"{free >> 20} MiB free in /dev/shm; a smaller KV cache than that travels by it")
+    return Finding(
+        "shared memory", None, f"{free >> 20} MiB free in /dev/shm; a smaller KV cache than that travels by it"
+    )
 
 
 def _limits() -> Finding:

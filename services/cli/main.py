@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Coroutine, Callable
+from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
 import typer
@@ -92,7 +92,7 @@ def chat(
 @with_flags(*flags.COMMON)
 def ps(
     json_output: Json = False,
-    check: Annotated[str, typer.Option(help="Exit 0 only if this host's ROLE (gateway, prefill, decode) is ready.")] = "",
+    check: Annotated[str, typer.Option(help="Exit 0 only if this host's gateway, prefill or decode is ready.")] = "",
     *,
     overrides: dict[str, Any],
 ) -> None:
@@ -126,7 +126,9 @@ def _settings(overrides: dict[str, Any], *, configure: bool = True) -> Settings:
     except ConfigurationError as error:
         _fail(str(error))
     for name in unknown_variables():
-        print(f"slipstream: warning: {name} is not a setting; see docs/operations.md for those there are", file=sys.stderr)
+        print(
+            f"slipstream: warning: {name} is not a setting; see docs/operations.md for those there are", file=sys.stderr
+        )
     if configure:
         configure_logging(settings.log_level, settings.log_format)
     return settings

@@ -9,7 +9,12 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from shared.protocol.messages import WorkerBeat
 
-_PHASES = {"loading": "loading the model", "probing": "testing the whole path", "ready": "ready", "draining": "draining"}
+_PHASES = {
+    "loading": "loading the model",
+    "probing": "testing the whole path",
+    "ready": "ready",
+    "draining": "draining",
+}
 
 
 class LoadingProgress:
@@ -34,7 +39,9 @@ class LoadingProgress:
         self._console.print("Starting the bus, prefill, decode and gateway ...")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._progress.stop()
 
     def update(self, beats: list[WorkerBeat]) -> None:

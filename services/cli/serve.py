@@ -154,7 +154,7 @@ class Cluster:
                 continue
             lived = time.monotonic() - child.started
             child.fast_deaths = child.fast_deaths + 1 if lived < _FAST_S else 0
-            if process.returncode in (1, 2) and lived < _FAST_S or child.fast_deaths >= _MAX_FAST_DEATHS:
+            if (process.returncode in (1, 2) and lived < _FAST_S) or child.fast_deaths >= _MAX_FAST_DEATHS:
                 raise ConfigurationError(f"the {child.role} process ended with status {process.returncode}; see above")
             self.console.print(f"The {child.role} process (pid {process.pid}) died; starting another.")
             await asyncio.sleep(_RESTART_PAUSE_S)
@@ -199,4 +199,6 @@ def require_free_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ConfigurationError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port") from None
+            raise ConfigurationError(
+                f"cannot listen on {host}:{port} ({error.strerror}); choose another --port"
+            ) from None

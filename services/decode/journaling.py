@@ -79,11 +79,8 @@ class Journaler:
                 request.fail(output.error)
             elif output.samples:
                 merged.setdefault(output.sequence, []).extend(output.samples)
-        return [
-            (request, request.append_of(samples))
-            for sequence, samples in merged.items()
-            if (request := self._requests[sequence]) and not request.done.done()
-        ]
+        owned = ((self._requests[sequence], samples) for sequence, samples in merged.items())
+        return [(request, request.append_of(samples)) for request, samples in owned if not request.done.done()]
 
     async def _journal(self, appends: list[tuple[DecodeRequest, Append]]) -> None:
         """Write until Redis has answered: an append may be repeated, so a lost reply does no harm."""

@@ -17,6 +17,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import structlog
@@ -66,6 +67,7 @@ class DecodeService:
         self._importer = importer
         self._journaler = Journaler(context.store, context.bridge)
         self._in_flight = 0
+        self._suspects = asyncio.Lock()  # of requests whose worker died, at most one runs here at a time
         self._waiting_for_blocks = 0
         self.counters = Counters()
 
@@ -103,7 +105,8 @@ class DecodeService:
             return
         self._in_flight += 1
         try:
-            await self._serve(offer)
+            async with self._suspects if offer.deaths else nullcontext():
+                await self._serve(offer)
         finally:
             self._in_flight -= 1
 
@@ -237,8 +240,7 @@ class DecodeService:
                 await self._context.store.fail(request.lease, "internal_error", request.failure)
         finally:
             self._journaler.remove(request)
-            sequences = list(reservation.sequences)
-            self._context.bridge.post(lambda engine: [engine.free(sequence) for sequence in sequences])
+            self._context.bridge.post(lambda engine: engine.free_all(reservation.sequences))
 
     def _give_up(self, reservation: Reservation) -> None:
         self._context.bridge.post(lambda engine: engine.cancel_reservation(reservation))

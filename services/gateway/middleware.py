@@ -15,10 +15,10 @@ from services.gateway.metrics import GatewayMetrics
 from services.gateway.sse import STREAM_KEY
 from shared.errors import CapacityError, RequestError
 
-KEY_ID = "key_id"
+KEY_ID = web.RequestKey("key_id", str)
 OPEN_ROUTES = frozenset({"/live", "/health"})
 
-_REQUEST_ID = "request_id"
+_REQUEST_ID = web.RequestKey("request_id", str)
 _HEADER = "x-request-id"
 _SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -31,7 +31,7 @@ def request_id_of(request: web.Request) -> str:
     if known is None:
         given = request.headers.get(_HEADER, "")
         known = request[_REQUEST_ID] = given if _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
-    return str(known)
+    return known
 
 
 async def add_request_id(request: web.Request, response: web.StreamResponse) -> None:
@@ -71,7 +71,7 @@ def make_auth_middleware(keys: KeyRing) -> Middleware:
 def _answer(request: web.Request, exc: Exception) -> web.StreamResponse:
     error = to_api_error(exc)
     _log_error(request, exc, error)
-    started: web.StreamResponse | None = request.get(STREAM_KEY)
+    started = request.get(STREAM_KEY)
     return started if started is not None else error.response()
 
 

@@ -25,7 +25,7 @@ HEADERS = {
 _PING = b": ping\n\n"
 _DONE = b"data: [DONE]\n\n"
 
-STREAM_KEY = "sse_stream"
+STREAM_KEY = web.RequestKey("sse_stream", web.StreamResponse)
 """Where a request holds its response once the headers are out, for the error middleware."""
 
 

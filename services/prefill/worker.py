@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import structlog
@@ -68,6 +68,7 @@ class PrefillService:
         self._pace = Pace()
         self._outputs: dict[Sequence, asyncio.Queue[Output]] = {}
         self._begun: dict[Lease, str] = {}
+        self._suspects = asyncio.Lock()  # of requests whose worker died, at most one runs here at a time
         self._releases: set[asyncio.Task[None]] = set()
         self._waiting_for_blocks = 0
 
@@ -111,7 +112,8 @@ class PrefillService:
             return
         self._begun[begun.lease] = begun.job.gateway
         try:
-            await self._serve(begun)
+            async with self._suspects if begun.deaths else nullcontext():
+                await self._serve(begun)
         except* Dropped as group:
             log.info("request_dropped", request_id=begun.lease.request_id, reason=str(group.exceptions[0]))
         finally:
@@ -268,4 +270,3 @@ def needs_decode(handling: Handling) -> bool:
     """Whether any choice can want more than the one token that is sampled here."""
     tokens = (len(choice.tokens) for choice in handling.state.choices)
     return any(count + 1 < handling.job.params.max_tokens for count in tokens)
-

@@ -58,7 +58,7 @@ def build_step_input(plan: Sequence_[Scheduled], block_size: int, row_pad: int) 
 
 
 def rows_with_logits(item: Scheduled) -> range:
-    """Offsets inside the item's rows whose logits somebody reads: all for prompt log-probs, else the last if it samples."""
+    """Offsets inside the item's rows whose logits are read: all for prompt log-probs, else the last if it samples."""
     sequence, count = item.sequence, item.num_tokens
     samples = bool(sequence.choices) and sequence.num_computed + count == len(sequence.tokens)
     if sequence.wants_prompt_logprobs:
@@ -67,7 +67,9 @@ def rows_with_logits(item: Scheduled) -> range:
 
 
 def _group(plan: Sequence_[Scheduled], starts: Int64, query_len: int, block_size: int) -> GroupInput:
-    members = [(item.sequence, start) for item, start in zip(plan, starts, strict=False) if item.num_tokens == query_len]
+    members = [
+        (item.sequence, start) for item, start in zip(plan, starts, strict=False) if item.num_tokens == query_len
+    ]
     context_lens = np.array([sequence.num_computed + query_len for sequence, _ in members], dtype=np.int64)
     widths = -(-context_lens // block_size)
     tables = np.zeros((len(members), int(widths.max())), dtype=np.int64)

@@ -114,6 +114,10 @@ class Engine:
         """End a sequence in any state and release its blocks. May be repeated."""
         self.scheduler.remove(sequence)
 
+    def free_all(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            self.free(sequence)
+
     def retain_blocks(self, sequence: Sequence) -> list[int]:
         """Give a hand-off its own reference to the sequence's blocks, so that they outlive the sequence."""
         blocks = list(sequence.block_ids)
@@ -171,8 +175,7 @@ class Engine:
         """Give a reservation's blocks back; its writer must have stopped. May be repeated."""
         if reservation in self._reservations:
             self._reservations.remove(reservation)
-            for sequence in reservation.sequences:
-                self.free(sequence)
+            self.free_all(reservation.sequences)
 
     def start_received(self, reservation: Reservation) -> None:
         """Run the sequences on KV that was verified: their first `num_tokens` positions are in the cache."""

@@ -46,7 +46,7 @@ class ModelRunner:
         if not len(step.logit_rows):
             return np.zeros((0, 0), dtype=np.float32)
         logits = self._model.logits(hidden[self._tensor(step.logit_rows)])
-        return logits.float().cpu().numpy()  # type: ignore[no-any-return]
+        return logits.float().cpu().numpy()
 
     def _group(self, group: GroupInput) -> AttentionGroup:
         return AttentionGroup(

@@ -132,7 +132,9 @@ def draw_unfiltered(scaled: F32, seed: int, choice: int, ordinal: int) -> int:
     """
     bits = noise.random_bits(len(scaled), seed, choice, ordinal)
     bounds = scaled + noise.gumbel_upper_bound(bits)
-    best = np.argpartition(bounds, -_ROWS_TO_TRY)[-_ROWS_TO_TRY:] if len(bounds) > _ROWS_TO_TRY else np.arange(len(bounds))
+    best = (
+        np.argpartition(bounds, -_ROWS_TO_TRY)[-_ROWS_TO_TRY:] if len(bounds) > _ROWS_TO_TRY else np.arange(len(bounds))
+    )
     reached = (scaled[best] + noise.gumbel(bits[best])).max()
     ids = np.flatnonzero(bounds >= reached)
     return int(ids[np.argmax(scaled[ids] + noise.gumbel(bits[ids]))])

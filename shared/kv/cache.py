@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import structlog
 import torch
 
@@ -35,7 +36,7 @@ class KVCache:
         dtype = TORCH_DTYPES[layout.dtype]
         self._file = _shared_file(layout.bytes_per_block * num_blocks, device) if shared else None
         if self._file is None:
-            self.data = torch.zeros(shape, dtype=dtype, device=device)
+            self.data = _lazy_zeros(shape, dtype) if device == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
         else:
             size = torch.Size(shape).numel()
             self.data = torch.from_file(str(self._file.path), shared=True, size=size, dtype=dtype).view(shape)
@@ -73,3 +74,9 @@ def _shared_file(num_bytes: int, device: str) -> PoolFile | None:
     except OSError as error:
         _log.warning("kv_shared_memory_unavailable", num_bytes=num_bytes, error=str(error))
         return None
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros that take memory only where they are written: torch.zeros would touch every page at once."""
+    num_bytes = torch.Size(shape).numel() * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)

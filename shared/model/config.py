@@ -13,7 +13,8 @@ NORM_LAYER = "layer"
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 _MAX_DIMENSION = 1 << 24
-"""No size in a real configuration comes near; a larger one is a damaged or hostile file."""
+_MAX_POSITION = 1 << 21
+"""No size in a real configuration comes near these; a larger one is a damaged or hostile file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +75,11 @@ class ModelConfig:
 
     def _check_sizes(self) -> None:
         names = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
-        for name in (*names, "head_dim", "max_position"):
+        bounds = dict.fromkeys((*names, "head_dim"), _MAX_DIMENSION) | {"max_position": _MAX_POSITION}
+        for name, bound in bounds.items():
             value = getattr(self, name)
-            if not 0 < value <= _MAX_DIMENSION:
-                raise ModelFormatError(f"{name} is {value}; it must lie between 1 and {_MAX_DIMENSION}.")
+            if not 0 < value <= bound:
+                raise ModelFormatError(f"{name} is {value}; it must lie between 1 and {bound}.")
         if self.num_heads % self.num_kv_heads:
             raise ModelFormatError(f"{self.num_heads} query heads cannot share {self.num_kv_heads} K/V heads evenly.")
         if self.rope_theta is not None and self.head_dim % 2:

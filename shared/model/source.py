@@ -224,7 +224,7 @@ def _file_digest(path: Path, head_bytes: int) -> bytes:
     with path.open("rb") as file:
         digest.update(file.read(head_bytes))
         for sample in range(_NUM_SAMPLES):
-            file.seek(size * sample // _NUM_SAMPLES)
+            file.seek(max(0, size - _SAMPLE_BYTES) * sample // (_NUM_SAMPLES - 1))
             digest.update(file.read(_SAMPLE_BYTES))
     return digest.digest()
 

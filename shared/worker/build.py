@@ -59,7 +59,9 @@ def build_engine(
 ) -> BuiltEngine:
     """Blocking, up to many seconds. Raises ConfigurationError or ModelFormatError with what to change."""
     set_threads(settings.threads)
-    decoder = load(source, settings.device, settings.compute_dtype, progress, row_pad=ROW_PAD if settings.batch_invariant else 1)
+    decoder = load(
+        source, settings.device, settings.compute_dtype, progress, row_pad=ROW_PAD if settings.batch_invariant else 1
+    )
     layout = KVLayout(
         num_layers=source.config.num_layers,
         num_kv_heads=source.config.num_kv_heads,

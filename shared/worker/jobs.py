@@ -30,11 +30,12 @@ class CacheScope:
 
 def prefill_sequence(job: Job, state: JournalState, scope: CacheScope) -> Sequence:
     """The one sequence a prefill worker computes; it samples every choice that continues right after it."""
+    tokens = list(job.prompt_ids)
+    choices = tuple(range(job.params.n))
     if job.params.n == 1:
-        tokens, choices = [*job.prompt_ids, *state.choices[0].tokens], (0,)
-    else:
-        fresh = not any(choice.tokens for choice in state.choices)
-        tokens, choices = list(job.prompt_ids), tuple(range(job.params.n)) if fresh else ()
+        tokens += state.choices[0].tokens
+    elif any(choice.tokens for choice in state.choices):
+        choices = ()
     return Sequence(job.request_id, job.params, tokens, len(job.prompt_ids), choices, scope.root(job), hold=True)
 
 

@@ -1,9 +1,9 @@
 """The life of one worker process, the same for both roles: load, prove itself, serve, drain.
 
-    loading   heartbeats tell the progress while the model loads
-    probing   only self-test streams are read; `shared.worker.selftest` runs until it passes
-    ready     the model's work stream is read too
-    draining  nothing new is read; requests finish, or go back to the queue when the time is up
+loading   heartbeats tell the progress while the model loads
+probing   only self-test streams are read; `shared.worker.selftest` runs until it passes
+ready     the model's work stream is read too
+draining  nothing new is read; requests finish, or go back to the queue when the time is up
 """
 
 from __future__ import annotations
@@ -177,11 +177,10 @@ class Worker:
     async def _drain(self, service: Service, claiming: asyncio.Task[None]) -> None:
         self._state = "draining"
         await claiming  # a read under way may still bring entries; they are served too
-        deadline = time.monotonic() + self._settings.drain_timeout_s
-        log.info("worker_draining", worker_id=self.worker_id, requests=len(self._claimed))
-        while self._claimed and time.monotonic() < deadline:
-            await asyncio.sleep(_NO_ROOM_WAIT_S)
-        if self._claimed:
+        log.info("worker_draining", worker_id=self.worker_id, requests=len(self._handlers))
+        if self._handlers:
+            await asyncio.wait(set(self._handlers), timeout=self._settings.drain_timeout_s)
+        if self._handlers:
             await service.hand_back()
 
     async def _watch_engine(self, bridge: EngineBridge) -> None:

@@ -34,9 +34,7 @@ def slow_philox(counter: tuple[int, ...], seed: int) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize(("counter", "seed", "expected"), KNOWN_ANSWERS)
-def test_philox_gives_the_published_vectors(
-    counter: tuple[int, ...], seed: int, expected: tuple[int, ...]
-) -> None:
+def test_philox_gives_the_published_vectors(counter: tuple[int, ...], seed: int, expected: tuple[int, ...]) -> None:
     words = tuple(np.array([word], dtype=np.uint64) for word in counter)
     result = noise.philox4x32(words, seed)  # type: ignore[arg-type]
     assert tuple(int(word[0]) for word in result) == expected

@@ -131,9 +131,7 @@ def test_penalties_follow_their_formulas() -> None:
     logits = np.array([2.0, -2.0, 1.0, 0.5], dtype=np.float32)
     adjusted = adjust(
         logits,
-        request(
-            prompt=(1,), output=(0, 0), repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25
-        ),
+        request(prompt=(1,), output=(0, 0), repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25),
     )
     assert adjusted.tolist() == [2.0 / 2 - 2 * 0.25 - 0.5, -2.0 * 2, 1.0, 0.5]
     assert logits.tolist() == [2.0, -2.0, 1.0, 0.5], "the caller's logits must stay as they were"
@@ -148,8 +146,8 @@ def test_bias_comes_before_penalties() -> None:
 @pytest.mark.parametrize(("produced", "masked"), [(0, True), (2, True), (3, False)])
 def test_min_tokens_masks_stop_ids_until_reached(produced: int, masked: bool) -> None:
     logits = np.array([0.0, 9.0], dtype=np.float32)
-    params = {"temperature": 0.0, "min_tokens": 3, "stop_ids": (1,)}
-    assert sample(logits, request(output=(0,) * produced, **params)) == (0 if masked else 1)
+    given = request(output=(0,) * produced, temperature=0.0, min_tokens=3, stop_ids=(1,))
+    assert sample(logits, given) == (0 if masked else 1)
 
 
 def test_nothing_to_adjust_costs_no_copy() -> None:

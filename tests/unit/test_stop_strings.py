@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import InvalidRequest
@@ -26,9 +28,10 @@ def cut_by_hand(text: str, stops: list[str], include: bool = False) -> tuple[str
 
 def chunks_of(text: str, cuts: list[int]) -> list[str]:
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    return [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [text[a:b] for a, b in pairwise(edges)]
 
 
+@settings(deadline=None)
 @given(_TEXT, _STOPS, _CUTS, st.booleans())
 def test_emission_equals_the_cut_of_the_whole_text_for_any_chunking(
     text: str, stops: list[str], cuts: list[int], include: bool
@@ -38,6 +41,7 @@ def test_emission_equals_the_cut_of_the_whole_text_for_any_chunking(
     assert (shown, scanner.stopped) == cut_by_hand(text, stops, include)
 
 
+@settings(deadline=None)
 @given(_TEXT, _STOPS, _CUTS)
 def test_nothing_is_held_back_longer_than_needed(text: str, stops: list[str], cuts: list[int]) -> None:
     scanner = StopStrings(stops)

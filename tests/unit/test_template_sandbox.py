@@ -208,7 +208,7 @@ def test_training_marks_are_transparent() -> None:
 
 
 def test_a_template_can_refuse_and_tell_the_date() -> None:
-    with pytest.raises(TemplateRefusal, match="^no system role$"):
+    with pytest.raises(TemplateRefusal, match=r"^no system role$"):
         render("{{ raise_exception('no system role') }}")
     assert render("{{ strftime_now('%Y') }}") >= "2024"
 
