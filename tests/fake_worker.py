@@ -10,8 +10,6 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Self
 
-from redis.asyncio import Redis
-
 from shared.bus.connection import connect, connect_blocking
 from shared.bus.registry import Registry
 from shared.bus.requests import RequestStore
@@ -53,7 +51,6 @@ class FakeWorker:
         self._answer = answer
         self._max_request_tokens = max_request_tokens
         self._tasks: list[asyncio.Task[None]] = []
-        self._stack: list[Redis] = []
         self.gate = asyncio.Event()
         self.gate.set()
         self.roles = ["prefill", "decode"]
@@ -153,7 +150,7 @@ class FakeWorker:
         held, token = ids[:step], ids[step]
         h = chain("", held)
         finish = params.finish_reason(ids[: step + 1]) or ("stop" if step + 1 == len(ids) else None)
-        prompt = ()
+        prompt: tuple[TokenLogprob | None, ...] = ()
         if params.prompt_logprobs is not None and step == 0 and choice == 0:
             k = params.prompt_logprobs
             prompt = (None, *(scores(one, k) for one in begun.job.prompt_ids[1:]))

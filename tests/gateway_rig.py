@@ -32,7 +32,9 @@ MESSAGES = [{"role": "user", "content": "Hello"}]
 
 def make_codec() -> TextCodec:
     tokenizer = byte_level_tokenizer()
-    codec = TextCodec(tokenizer, eos_ids=[tokenizer.token_to_id("<|im_end|>")])
+    eos = tokenizer.token_to_id("<|im_end|>")
+    assert eos is not None
+    codec = TextCodec(tokenizer, eos_ids=[eos])
     codec.set_template(ChatTemplate(TemplateSource(CHATML), codec.control_tokens))
     return codec
 

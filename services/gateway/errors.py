@@ -13,7 +13,7 @@ text of an unexpected exception goes to the log under the request id and never t
     UnsupportedEncoding            415     invalid_request_error  unsupported_media_type
     RateLimited                    429     rate_limit_error       rate_limit_exceeded
     Overloaded, NoWorkers, ...     503     server_error           the exception's
-    GenerationFailed               500/504 server_error           the journal's
+    GenerationFailed               500,503,504 server_error       the journal's
     anything else                  500     server_error           internal_error
 """
 
@@ -38,6 +38,7 @@ from shared.protocol.messages import OUTCOME_CANCELLED, End
 _DEADLINE_CODE = "deadline_exceeded"
 _QUARANTINE_CODE = "request_quarantined"
 
+_END_STATUS = {_DEADLINE_CODE: 504, "bus_unavailable": 503, "gateway_stopped": 503}
 _END_MESSAGES = {
     _DEADLINE_CODE: "The request did not end within the time allowed for it. Ask for fewer tokens or try again later.",
     _QUARANTINE_CODE: "The request was stopped because workers died while they handled it. Do not send it again.",
@@ -85,7 +86,7 @@ class GenerationFailed(InternalError):
         code = end.code or ("request_cancelled" if end.outcome == OUTCOME_CANCELLED else "internal_error")
         super().__init__(_END_MESSAGES.get(code, "The request failed while it was computed."))
         self.code = code
-        self.status = 504 if code == _DEADLINE_CODE else 500
+        self.status = _END_STATUS.get(code, 500)
         self.may_retry = code not in (_DEADLINE_CODE, _QUARANTINE_CODE)
 
 
@@ -135,6 +136,8 @@ def to_api_error(exc: BaseException) -> ApiError:
         return ApiError(status, kind, exc.code, str(exc), None, headers)
     if isinstance(exc, GenerationFailed):
         headers = {} if exc.may_retry else {"x-should-retry": "false"}
+        if exc.status == 503:
+            headers["Retry-After"] = "2"
         return ApiError(exc.status, "server_error", exc.code, str(exc), None, headers)
     if isinstance(exc, web.HTTPException):
         return _framework_error(exc)
