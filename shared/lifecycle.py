@@ -7,7 +7,7 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 
 import structlog
 import uvloop
@@ -24,6 +24,7 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 
 _PR_SET_PDEATHSIG = 1
+_CANCEL_AGAIN_S = 0.5
 
 
 def run_service(main: Callable[[asyncio.Event], Coroutine[None, None, None]]) -> int:
@@ -55,7 +56,24 @@ async def _supervised(main: Callable[[asyncio.Event], Coroutine[None, None, None
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
+    loop.add_signal_handler(signal.SIGUSR1, print_tasks)
     await main(stop)
+
+
+async def end_tasks(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Cancel tasks until they have ended: a client library may swallow a cancellation while it tidies a connection."""
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=_CANCEL_AGAIN_S)
+
+
+def print_tasks() -> None:
+    """SIGUSR1: where every task waits, on standard error; for a process that does not do what it should."""
+    for task in asyncio.all_tasks():
+        task.print_stack(file=sys.stderr)
+    sys.stderr.flush()
 
 
 def die_with_parent() -> None:

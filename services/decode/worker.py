@@ -111,6 +111,7 @@ class DecodeService:
             self._in_flight -= 1
 
     async def hand_back(self) -> None:
+        self._importer.drain()  # pulls cut off from here on leave their export for another worker
         await self._journaler.requeue_all()
 
     async def _serve(self, offer: Offer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,6 +19,9 @@ from shared.errors import ConfigurationError
 MAX_HEADER_BYTES = 8190
 MAX_HEADERS = 128
 SHUTDOWN_S = 1.0
+BACKLOG = 512
+SEND_BUFFER_BYTES = 256 * 1024
+"""What a client that stops reading may hold of the kernel's memory; the kernel allows twice as much."""
 
 _NO_ACCESS_LOG = logging.getLogger("slipstream.access")
 _NO_ACCESS_LOG.disabled = True
@@ -73,7 +77,12 @@ async def listen(app: web.Application, settings: GatewaySettings) -> AsyncIterat
 
     try:
         try:
-            server = await loop.create_server(connection, settings.host, settings.port, backlog=512)
+            server = await loop.create_server(
+                connection, settings.host, settings.port, backlog=BACKLOG, start_serving=False
+            )
+            for listener in server.sockets:  # connections inherit it
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+            await server.start_serving()
         except OSError as exc:
             where = f"{settings.host}:{settings.port}"
             raise ConfigurationError(

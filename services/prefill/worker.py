@@ -27,6 +27,7 @@ from shared.bus.results import Appended, Begun, Refused
 from shared.bus.workqueue import WorkItem
 from shared.engine.engine import Engine, Output
 from shared.engine.sequence import Sequence
+from shared.lifecycle import end_tasks
 from shared.protocol.journal import JournalState, fold
 from shared.protocol.messages import PATH_PREFILL_ONLY, Job, Tokens, Usage
 from shared.transfer.base import OUTCOME_ACKED, ExportKey
@@ -139,7 +140,7 @@ class PrefillService:
         async with self._admitted(begun, state, sequence) as handling, asyncio.TaskGroup() as group:
             toucher = group.create_task(self._keep_touching(handling))
             await self._compute_and_hand_off(handling)
-            toucher.cancel()
+            await end_tasks([toucher])
 
     async def _refuse_too_long(self, lease: Lease, sequence: Sequence) -> None:
         limit = self._context.built.max_request_tokens

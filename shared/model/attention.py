@@ -25,8 +25,9 @@ _WIDTH_PAD = 4
 _TILE_TOKENS = 64
 """Query tokens of a sequence scored at once: bounds the score matrix, rows being independent."""
 
-_GATHER_VALUES = 1 << 24
-"""K and V values gathered at once (64 MiB of float32), unless one sequence alone has more."""
+_GATHER_VALUES = 1 << 19
+"""K and V values gathered at once (2 MiB of float32, so that they are still in cache when read), unless one sequence
+alone has more. With 32 sequences of 250 tokens a step is a fifth faster than with one gather for all."""
 
 
 @dataclass(frozen=True, slots=True)

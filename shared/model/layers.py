@@ -35,6 +35,34 @@ class Linear:
         return F.linear(rows, self.weight, self.bias)
 
 
+@dataclass(frozen=True, slots=True)
+class PackedLinear:
+    """As `Linear`, with the weight in the order oneDNN's kernels read it (float32 on the CPU).
+
+    Half the time of `Linear` for the 4 to 32 rows of a decode step, and rows agree in every bit for any count but 1,
+    so padding to 2 rows would do. The operators are those torch's own compiler emits; they have no public name.
+    """
+
+    packed_weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.packed_weight, self.bias, "none", [], "")
+        return result
+
+
+_PACKED_ROWS = 4
+"""Row count the packed order is chosen for; any other count can be computed with it."""
+
+
+def make_linear(weight: Tensor, bias: Tensor | None) -> LinearMap:
+    """The fastest linear map for where the weight lies; `Linear` where there is no better."""
+    can_pack = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not can_pack:
+        return Linear(weight, bias)
+    return PackedLinear(torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_ROWS), bias)
+
+
 class Norm(Protocol):
     def __call__(self, rows: Tensor) -> Tensor: ...
 

@@ -19,9 +19,10 @@ from shared.model.layers import (
     ACTIVATION_FUNCTIONS,
     FeedForward,
     LayerNorm,
-    Linear,
+    LinearMap,
     Norm,
     RMSNorm,
+    make_linear,
     rotary_frequencies,
     rotary_table,
 )
@@ -71,7 +72,9 @@ class WeightLoader:
             lm_head = self._place(self._read(f"{names.lm_head}.weight", config.vocab_size, config.hidden_size))
         final_norm = self._norm(names.final_norm, config.hidden_size)
         progress(1.0)
-        return DecoderWeights(embedding, positions, self._rotations(), tuple(layers), final_norm, Linear(lm_head))
+        return DecoderWeights(
+            embedding, positions, self._rotations(), tuple(layers), final_norm, make_linear(lm_head, None)
+        )
 
     def _layer(self, index: int) -> DecoderLayer:
         config, names = self._config, self._names
@@ -92,7 +95,7 @@ class WeightLoader:
             mlp=FeedForward(into, out, activation, config.gated_mlp),
         )
 
-    def _qkv(self, index: int) -> Linear:
+    def _qkv(self, index: int) -> LinearMap:
         """q, k and v as one matrix, heads in order, rotary pairs as neighbours."""
         config, names = self._config, self._names
         sizes = [heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
@@ -122,7 +125,7 @@ class WeightLoader:
         order[: num_heads + num_kv] = heads[: num_heads + num_kv, None] * config.head_dim + dims
         return order.flatten()
 
-    def _feed_forward(self, index: int) -> tuple[Linear, Linear]:
+    def _feed_forward(self, index: int) -> tuple[LinearMap, LinearMap]:
         config, names = self._config, self._names
         inner, outer = config.intermediate_size, config.hidden_size
         extra = -inner % _MLP_PAD
@@ -166,8 +169,8 @@ class WeightLoader:
             frequencies = frequencies / self._read(name, config.head_dim // 2).float()
         return rotary_table(frequencies, config.max_position).to(self._device)
 
-    def _linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        return Linear(self._place(weight), None if bias is None else self._place(bias))
+    def _linear(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
+        return make_linear(self._place(weight), None if bias is None else self._place(bias))
 
     def _place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._device, self._dtype).contiguous()

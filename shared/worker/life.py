@@ -29,6 +29,7 @@ from shared.bus.sweeper import InFlight, Sweeper
 from shared.bus.workqueue import WorkItem, WorkQueue
 from shared.config import Settings
 from shared.errors import EngineError
+from shared.lifecycle import end_tasks
 from shared.model.source import ModelSource, resolve
 from shared.protocol.keys import ROLES, Keys
 from shared.protocol.messages import WorkerBeat
@@ -82,7 +83,7 @@ class Worker:
                 beating = group.create_task(self._beat(registry, queue, model))
                 built = await asyncio.to_thread(self._build, source)
                 await self._serve(stack, stop, store, queue, commands, registry, model, built)
-                beating.cancel()
+                await end_tasks([beating])
             await registry.leave(self.worker_id)
             await queue.remove_private([self._private(model)])
 
@@ -131,8 +132,7 @@ class Worker:
             claiming = group.create_task(self._claim(queue, service, bridge, model, group))
             await stop.wait()
             await self._drain(service, claiming)
-            for task in (*tasks, *self._handlers):
-                task.cancel()
+            await end_tasks((*tasks, *self._handlers))
 
     async def _prove(self, store: RequestStore, model: str, built: BuiltEngine) -> None:
         self._state = "probing"
