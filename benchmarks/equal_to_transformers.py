@@ -65,7 +65,8 @@ class Comparison:
 
 def prompts_of(source: ModelSource, questions: tuple[str, ...]) -> list[list[int]]:
     codec = load_tokenizer(source)
-    return [codec.encode_chat([{"role": "user", "content": question}]) for question in questions]
+    rendered = [codec.template.render([{"role": "user", "content": question}]) for question in questions]
+    return [codec.encode_chat(conversation) for conversation in rendered]
 
 
 def our_answers(source: ModelSource, prompts: list[list[int]], length: int) -> list[list[int]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from shared.kv.layout import KVLayout
 from shared.model.decoder import Decoder
 from shared.model.invariance import numerics_fingerprint, probe
+from shared.model.layers import PackedLinear
 from shared.model.registry import load
 from shared.model.source import ModelSource, resolve
 from tests.model_checkpoints import random_model, save_and_load, tokens
@@ -153,19 +154,45 @@ def test_a_broken_sequence_harms_no_other(decoder: Decoder) -> None:
     assert not driver.cache[:, 0].isnan().any()
 
 
-def test_probe_passes_with_padding_and_fires_without(decoder: Decoder) -> None:
+def layout_of(decoder: Decoder, dtype: str = "float32") -> KVLayout:
     config = decoder.config
-    layout = KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, 16)
-    passed, failed = probe(decoder, layout), probe(decoder.with_row_pad(1), layout)
-    assert (passed.ok, failed.ok) == (True, False)
-    assert "bits equal" in passed.detail
-    assert "bits differ" in failed.detail
+    return KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, 16, dtype)
+
+
+def test_probe_passes_with_padding(decoder: Decoder) -> None:
+    result = probe(decoder, layout_of(decoder))
+    assert result.ok
+    assert "bits equal" in result.detail
+
+
+def test_probe_fires_without_padding(tmp_path: Path) -> None:
+    architecture, settings = MODELS["gqa3"]
+    decoder = save_and_load(random_model(architecture, **settings), tmp_path, row_pad=1)
+    result = probe(decoder, layout_of(decoder))
+    assert not result.ok
+    assert "bits differ" in result.detail
+
+
+@pytest.mark.parametrize("num_rows", [4, 8, 12, 20])
+@pytest.mark.parametrize("row", [0, -2])
+def test_probe_fires_when_one_bit_depends_on_the_row_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_rows: int, row: int
+) -> None:
+    decoder = save_and_load(random_model("LlamaForCausalLM"), tmp_path)
+    sound = PackedLinear.__call__
+
+    def faulty(self: PackedLinear, rows: Tensor) -> Tensor:
+        result = sound(self, rows)
+        if len(rows) == num_rows:
+            result[row] = torch.nextafter(result[row], torch.tensor(torch.inf))
+        return result
+
+    monkeypatch.setattr(PackedLinear, "__call__", faulty)
+    assert not probe(decoder, layout_of(decoder)).ok
 
 
 def test_probe_covers_a_lossy_cache(decoder: Decoder) -> None:
-    config = decoder.config
-    layout = KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, 16, "bfloat16")
-    assert probe(decoder, layout).ok
+    assert probe(decoder, layout_of(decoder, "bfloat16")).ok
 
 
 def test_fingerprint_tells_apart_what_computes_differently(tmp_path: Path) -> None:
@@ -218,6 +245,6 @@ class TestSmolLM2:
         check_mixed_steps(smollm2[1], [tokens(length, seed=length) for length in (1, 4, 63, 130, 200)], seed=11)
 
     def test_probe_passes_with_padding_and_fires_without(self, smollm2: tuple[ModelSource, Decoder]) -> None:
-        layout = KVLayout(30, 3, 64, 16)
-        assert probe(smollm2[1], layout).ok
-        assert not probe(smollm2[1].with_row_pad(1), layout).ok
+        decoder = smollm2[1]
+        assert probe(decoder, layout_of(decoder)).ok
+        assert not probe(decoder.with_row_pad(1), layout_of(decoder)).ok
