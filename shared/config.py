@@ -155,7 +155,6 @@ class Settings(BaseSettings):
     cluster_secret: SecretStr = SecretStr("")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "console", "json"] = "auto"
-    health_port: int = Field(default=0, ge=0, le=65535)
     drain_timeout_s: float = Field(default=30.0, gt=0, le=3600)
     redis: RedisSettings = RedisSettings()
     engine: EngineSettings = EngineSettings()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -67,8 +68,8 @@ class Rig:
     session: aiohttp.ClientSession
 
     async def post(self, path: str, body: Any, **options: Any) -> tuple[int, Any, aiohttp.ClientResponse]:
-        """Status, decoded body and response of a POST; a `str` or `bytes` body goes out as it is."""
-        data = body if isinstance(body, str | bytes) else json.dumps(body)
+        """Status, decoded body and response of a POST; bytes go out as they are."""
+        data = io.BytesIO(body) if isinstance(body, bytes) else json.dumps(body)
         async with self.session.post(self.url + path, data=data, **options) as response:
             text = await response.text()
             return response.status, json.loads(text), response

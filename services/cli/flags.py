@@ -44,11 +44,12 @@ GATEWAY = (
     Flag("--max-in-flight", ("gateway", "max_in_flight"), int, "Requests served at once."),
     Flag("--max-queued", ("gateway", "max_queued"), int, "Requests that may wait for a place."),
 )
+MAX_MODEL_LEN = Flag("--max-model-len", ("engine", "max_model_len"), int, "Longest prompt plus output, in tokens.")
 ENGINE = (
     Flag("--device", ("engine", "device"), str, "cpu or cuda."),
     Flag("--dtype", ("engine", "dtype"), str, "auto, float32, bfloat16 or float16."),
     Flag("--kv-cache-dtype", ("engine", "kv_cache_dtype"), str, "auto, float32, bfloat16 or float16."),
-    Flag("--max-model-len", ("engine", "max_model_len"), int, "Longest prompt plus output, in tokens."),
+    MAX_MODEL_LEN,
     Flag("--max-num-seqs", ("engine", "max_num_seqs"), int, "Sequences a worker runs at once."),
     Flag("--max-num-batched-tokens", ("engine", "max_num_batched_tokens"), int, "Tokens a step may compute."),
     Flag("--block-size", ("engine", "block_size"), int, "Tokens in a KV block; divides 128."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
@@ -48,7 +49,7 @@ def serve(
 
 
 @app.command()
-@with_flags(*flags.COMMON, *flags.MODEL, *flags.GATEWAY)
+@with_flags(*flags.COMMON, *flags.MODEL, *flags.GATEWAY, flags.MAX_MODEL_LEN)
 def gateway(*, overrides: dict[str, Any]) -> None:
     """Run one gateway against a Redis URL."""
     from services.gateway.app import run_gateway
@@ -60,6 +61,7 @@ def gateway(*, overrides: dict[str, Any]) -> None:
 @with_flags(*flags.WORKER)
 def prefill(*, overrides: dict[str, Any]) -> None:
     """Run one prefill worker against a Redis URL."""
+    _let_waiting_threads_sleep()
     from services.prefill.main import run_prefill
 
     _run(overrides, run_prefill)
@@ -69,6 +71,7 @@ def prefill(*, overrides: dict[str, Any]) -> None:
 @with_flags(*flags.WORKER)
 def decode(*, overrides: dict[str, Any]) -> None:
     """Run one decode worker against a Redis URL."""
+    _let_waiting_threads_sleep()
     from services.decode.main import run_decode
 
     _run(overrides, run_decode)
@@ -111,6 +114,11 @@ def doctor(json_output: Json = False, *, overrides: dict[str, Any]) -> None:
 
     settings = _settings(overrides, configure=False)
     raise typer.Exit(_tell(lambda: asyncio.run(run_doctor(settings, as_json=json_output))))
+
+
+def _let_waiting_threads_sleep() -> None:
+    """Has to come before torch is loaded: OpenMP's threads spin while they wait, and workers share cores."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _run(overrides: dict[str, Any], service: Callable[[Settings, asyncio.Event], Coroutine[None, None, None]]) -> None:

@@ -10,6 +10,7 @@ import aiohttp
 from rich.console import Console
 from rich.table import Table
 
+from services.cli.local import find_bus
 from services.cli.serve import connectable
 from shared.bus.connection import check as check_server
 from shared.bus.connection import connect
@@ -38,9 +39,13 @@ async def run_ps(settings: Settings, *, as_json: bool, check: str) -> int:
 
 
 async def _live(settings: Settings) -> list[WorkerBeat]:
-    if not settings.redis.url:
-        raise ConfigurationError("ps needs the bus: set --redis-url or SLIPSTREAM_REDIS__URL")
-    async with connect(settings.redis.url) as client:
+    url = settings.redis.url or find_bus(settings.deployment)
+    if not url:
+        raise ConfigurationError(
+            f"no `slipstream serve` of yours runs here as deployment {settings.deployment!r}; "
+            "for a cluster elsewhere set --redis-url or SLIPSTREAM_REDIS__URL"
+        )
+    async with connect(url) as client:
         await check_server(client)
         return await Registry(client, Keys(settings.deployment)).live()
 

@@ -26,6 +26,7 @@ from rich.console import Console
 
 from services.cli.banner import show_ready
 from services.cli.flags import environment
+from services.cli.local import noted
 from services.cli.progress import LoadingProgress
 from shared.bus.connection import connect
 from shared.bus.embedded import EmbeddedServer
@@ -64,14 +65,18 @@ class Cluster:
     num_decode: int
     console: Console = field(default_factory=lambda: Console(stderr=True, highlight=False))
     children: list[Child] = field(default_factory=list)
-    _stopping: bool = False
 
     async def run(self, stop: asyncio.Event) -> None:
         """Start everything, show when it is ready, restart dead workers, drain on `stop`."""
+        if self.settings.transfer.port and self.num_prefill > 1:
+            raise ConfigurationError(
+                "several prefill workers cannot share one --kv-port; leave it out: each takes a free one"
+            )
         resolve(self.settings.model)  # a wrong model is told here, once, before anything starts
         require_free_port(self.settings.gateway.host, self.settings.gateway.port)
         async with AsyncExitStack() as stack:
             url = self._bus(stack)
+            stack.enter_context(noted(self.settings.deployment, url))
             client = await stack.enter_async_context(connect(url))
             variables = self._environment(url)
             roles = ["prefill"] * self.num_prefill + ["decode"] * self.num_decode + ["gateway"]
@@ -106,8 +111,6 @@ class Cluster:
             "SLIPSTREAM_REDIS__URL": url,
             "SLIPSTREAM_CLUSTER_SECRET": secret,
             PARENT_VARIABLE: str(os.getpid()),
-            # Workers share the cores: a thread that waits must sleep, not spin.
-            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         }
 
     async def _start(self, child: Child, variables: dict[str, str]) -> None:

@@ -98,7 +98,7 @@ async def serve(settings: Settings, model: LoadedModel) -> AsyncIterator[tuple[G
     keys = Keys(settings.deployment)
     gateway_id = f"gw-{secrets.token_hex(6)}"
     async with AsyncExitStack() as stack:
-        commands = await stack.enter_async_context(connect(settings.redis.url))
+        commands = await stack.enter_async_context(connect(settings.redis.url, settings.redis.command_timeout_s))
         reader = await stack.enter_async_context(connect_blocking(settings.redis.url))
         _log.info("bus_connected", server=await check(commands), gateway_id=gateway_id)
         registry = Registry(commands, keys, int(settings.redis.heartbeat_ttl_s * 1000))

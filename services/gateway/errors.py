@@ -38,9 +38,11 @@ from shared.protocol.messages import OUTCOME_CANCELLED, End
 _DEADLINE_CODE = "deadline_exceeded"
 _QUARANTINE_CODE = "request_quarantined"
 
-_END_STATUS = {_DEADLINE_CODE: 504, "bus_unavailable": 503, "gateway_stopped": 503}
+_TOO_LONG_CODE = "context_length_exceeded"
+_END_STATUS = {_TOO_LONG_CODE: 400, _DEADLINE_CODE: 504, "bus_unavailable": 503, "gateway_stopped": 503}
 _END_MESSAGES = {
     _DEADLINE_CODE: "The request did not end within the time allowed for it. Ask for fewer tokens or try again later.",
+    _TOO_LONG_CODE: "This model's maximum context length is too short for the prompt on the workers that are live now.",
     _QUARANTINE_CODE: "The request was stopped because workers died while they handled it. Do not send it again.",
 }
 
@@ -80,14 +82,18 @@ class Draining(CapacityError):
 
 
 class GenerationFailed(InternalError):
-    """A request ended in the journal without finishing; retrying it is pointless unless `may_retry`."""
+    """A request ended in the journal without finishing; retrying it is pointless unless `may_retry`.
+
+    `detail` is the journal's own message, for the log only.
+    """
 
     def __init__(self, end: End) -> None:
         code = end.code or ("request_cancelled" if end.outcome == OUTCOME_CANCELLED else "internal_error")
         super().__init__(_END_MESSAGES.get(code, "The request failed while it was computed."))
         self.code = code
+        self.detail = end.message
         self.status = _END_STATUS.get(code, 500)
-        self.may_retry = code not in (_DEADLINE_CODE, _QUARANTINE_CODE)
+        self.may_retry = code not in (_DEADLINE_CODE, _QUARANTINE_CODE, _TOO_LONG_CODE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +144,8 @@ def to_api_error(exc: BaseException) -> ApiError:
         headers = {} if exc.may_retry else {"x-should-retry": "false"}
         if exc.status == 503:
             headers["Retry-After"] = "2"
-        return ApiError(exc.status, "server_error", exc.code, str(exc), None, headers)
+        kind = "server_error" if exc.status >= 500 else "invalid_request_error"
+        return ApiError(exc.status, kind, exc.code, str(exc), None, headers)
     if isinstance(exc, web.HTTPException):
         return _framework_error(exc)
     return ApiError(500, "server_error", "internal_error", "The server failed; the request id finds it in the log.")

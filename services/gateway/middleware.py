@@ -10,10 +10,10 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from services.gateway.auth import KeyRing
-from services.gateway.errors import ApiError, to_api_error
+from services.gateway.errors import ApiError, GenerationFailed, to_api_error
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.sse import STREAM_KEY
-from shared.errors import CapacityError, RequestError
+from shared.errors import CapacityError
 
 KEY_ID = web.RequestKey("key_id", str)
 OPEN_ROUTES = frozenset({"/live", "/health"})
@@ -76,12 +76,13 @@ def _answer(request: web.Request, exc: Exception) -> web.StreamResponse:
 
 
 def _log_error(request: web.Request, exc: Exception, error: ApiError) -> None:
-    fields = {"request_id": request_id_of(request), "route": _route(request), "status": error.status}
-    expected = isinstance(exc, RequestError | CapacityError | web.HTTPException)
-    if error.status < 500 or expected:
-        _log.info("request_refused", code=error.code, **fields)
+    log = _log.bind(request_id=request_id_of(request), route=_route(request), status=error.status, code=error.code)
+    if isinstance(exc, GenerationFailed):
+        log.error("request_failed", detail=exc.detail)
+    elif error.status < 500 or isinstance(exc, CapacityError | web.HTTPException):
+        log.info("request_refused")
     else:
-        _log.error("request_failed", code=error.code, exc_info=exc, **fields)
+        log.error("request_failed", exc_info=exc)
 
 
 def _route(request: web.Request) -> str:

@@ -27,9 +27,9 @@ MIN_REDIS = (7, 0, 0)
 MIN_VALKEY = (8, 0, 0)
 
 
-def connect(url: str) -> Redis:
-    """Client for ordinary commands and scripts: 5 s timeout, 3 retries within about a second."""
-    return _client(url, COMMAND_TIMEOUT_S, Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), 3))
+def connect(url: str, timeout_s: float = COMMAND_TIMEOUT_S) -> Redis:
+    """Client for ordinary commands and scripts: 3 retries within about a second, each within `timeout_s`."""
+    return _client(url, timeout_s, Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), 3))
 
 
 def connect_blocking(url: str) -> Redis:

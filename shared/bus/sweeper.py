@@ -65,6 +65,7 @@ class Sweeper:
         in_flight: InFlight,
         clock: Callable[[], float] = time.monotonic,
         watched: Sequence[str] = (),
+        orphan_grace_s: float = ORPHAN_GRACE_S,
     ) -> None:
         self.counters = SweepCounters()
         self._client = client
@@ -73,6 +74,7 @@ class Sweeper:
         self._registry = registry
         self._in_flight = in_flight
         self._clock = clock
+        self._orphan_grace_s = orphan_grace_s
         self._watched = tuple(dict.fromkeys((*queue.streams, *watched)))
         self._healthy_since: float | None = None
         self._own_checked = -OWN_EVERY_S
@@ -167,6 +169,6 @@ class Sweeper:
         dead = await self._registry.dead_gateways({gateway for _, gateway in held})
         self._lonely = {gateway: self._lonely.get(gateway, now) for gateway in dead}
         for request_id, gateway in held:
-            if gateway in dead and now - self._lonely[gateway] >= ORPHAN_GRACE_S:
+            if gateway in dead and now - self._lonely[gateway] >= self._orphan_grace_s:
                 self.counters.orphans += 1
                 await self._store.cancel(request_id, "orphaned", force=True, gateway=gateway)

@@ -88,7 +88,7 @@ class WorkQueue:
             await pipe.execute()
 
     async def remove_private(self, streams: Sequence[str]) -> None:
-        """Delete streams that only this worker reads, at the end of its self-test."""
+        """Delete streams that only this worker reads, when it leaves."""
         if streams:
             await self._commands.delete(*streams)
 

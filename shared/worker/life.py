@@ -70,13 +70,14 @@ class Worker:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set, then drain."""
+        redis = self._settings.redis
         source = resolve(self._settings.model)
         model = self._settings.served_model_name or source.name
         async with AsyncExitStack() as stack:
-            commands = await stack.enter_async_context(connect(self._settings.redis.url))
-            reader = await stack.enter_async_context(connect_blocking(self._settings.redis.url))
+            commands = await stack.enter_async_context(connect(redis.url, redis.command_timeout_s))
+            reader = await stack.enter_async_context(connect_blocking(redis.url))
             log.info("bus_connected", server=await check(commands), worker_id=self.worker_id)
-            registry = Registry(commands, self._keys, int(self._settings.redis.heartbeat_ttl_s * 1000))
+            registry = Registry(commands, self._keys, int(redis.heartbeat_ttl_s * 1000))
             store = RequestStore(commands, self._keys)
             queue = WorkQueue(reader, commands, self._streams(model), self.worker_id)
             async with asyncio.TaskGroup() as group:
@@ -120,25 +121,26 @@ class Worker:
         self._service = service = await stack.enter_async_context(self._make_service(self._context))
         watched = [self._keys.work(role, model) for role in ROLES]
         in_flight = InFlight(entries=lambda: self._claimed, requests=service.requests)
-        sweeper = Sweeper(commands, store, queue, registry, in_flight, watched=watched)
+        grace = settings.redis.orphan_grace_s
+        sweeper = Sweeper(commands, store, queue, registry, in_flight, watched=watched, orphan_grace_s=grace)
         async with asyncio.TaskGroup() as group:
             tasks = [
                 group.create_task(service.run()),
                 group.create_task(sweeper.run()),
                 group.create_task(bridge.watch()),
                 group.create_task(self._watch_engine(bridge)),
-                group.create_task(self._prove(store, model, built)),
+                group.create_task(self._prove(store, registry, model, built)),
             ]
             claiming = group.create_task(self._claim(queue, service, bridge, model, group))
             await stop.wait()
             await self._drain(service, claiming)
             await end_tasks((*tasks, *self._handlers))
 
-    async def _prove(self, store: RequestStore, model: str, built: BuiltEngine) -> None:
+    async def _prove(self, store: RequestStore, registry: Registry, model: str, built: BuiltEngine) -> None:
         self._state = "probing"
         vocab = built.source.config.vocab_size
         size = built.layout.block_size
-        await SelfTest(store, self._keys, self._role, model, self.worker_id, size, vocab).run_until_passed()
+        await SelfTest(store, registry, self._keys, self._role, model, self.worker_id, size, vocab).run_until_passed()
         if self._state == "probing":
             self._state = "ready"
             log.info("worker_ready", worker_id=self.worker_id, equal_tokens=built.invariance.ok)

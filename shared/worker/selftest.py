@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from shared.bus.registry import Registry
 from shared.bus.requests import RequestStore
 from shared.protocol.journal import JournalState, fold
 from shared.protocol.keys import Keys
@@ -31,6 +32,7 @@ class SelfTest:
     """Everything one self-test depends on; `block_size` makes the prompt span more than one block."""
 
     store: RequestStore
+    registry: Registry
     keys: Keys
     role: str
     model: str
@@ -69,6 +71,7 @@ class SelfTest:
     async def _await_end(self, request_id: str) -> JournalState | None:
         deadline = asyncio.get_running_loop().time() + _BUDGET_MS / 1000 + 2
         while asyncio.get_running_loop().time() < deadline:
+            await self.registry.beat_gateway(self.worker_id)  # somebody waits for the answer: no orphan
             polled = await self.store.poll(request_id, self.worker_id)
             if polled is None:
                 return None

@@ -183,9 +183,7 @@ async def test_a_stop_string_ends_the_answer_and_the_work(redis_url: str, deploy
     async with rig(redis_url, deployment, lambda _job, _choice: long) as it:
         _, body, _ = await it.post(CHAT, {"messages": MESSAGES, "stop": ["here wh", "zzz"]})
         _, events = await it.stream(CHAT, {"messages": MESSAGES, "stop": "here wh"})
-        _, kept, _ = await it.post(
-            CHAT, {"messages": MESSAGES, "stop": "here wh", "include_stop_str_in_output": True}
-        )
+        _, kept, _ = await it.post(CHAT, {"messages": MESSAGES, "stop": "here wh", "include_stop_str_in_output": True})
         choice = body["choices"][0]
         assert choice["message"]["content"] == "Hello there "
         assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "here wh")

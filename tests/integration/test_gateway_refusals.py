@@ -104,7 +104,7 @@ async def test_requests_that_are_no_http(it: Rig) -> None:
         answer = (await asyncio.wait_for(reader.read(), 10)).decode()
         writer.close()
         head, _, body = answer.partition("\r\n\r\n")
-        assert head.startswith("HTTP/1.1 400")
+        assert head.split()[1] == "400"
         assert "x-request-id" in head.lower()
         check_error(json.loads(body), "bad_request")
 

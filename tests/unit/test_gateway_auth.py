@@ -24,7 +24,8 @@ def test_each_key_opens_and_has_its_own_id() -> None:
 
 
 @pytest.mark.parametrize(
-    "header", [None, "", "sk-one", "Bearer", "Bearer ", "Basic sk-one", "Bearer sk-on", "Bearer sk-one1", "Bearer schlüssel"]
+    "header",
+    [None, "", "sk-one", "Bearer", "Bearer ", "Basic sk-one", "Bearer sk-on", "Bearer sk-one1", "Bearer schlüssel"],
 )
 def test_anything_else_is_refused_without_echoing_it(header: str | None) -> None:
     with pytest.raises(InvalidApiKey) as caught:
