@@ -86,7 +86,7 @@ def load_reference(source: ModelSource) -> Any:
     """transformers' model with the GGUF's weights dequantised to float32."""
     path = Path(source.path)
     options: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32}
-    return transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options)
 
 
 @torch.inference_mode()

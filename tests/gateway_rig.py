@@ -122,7 +122,7 @@ async def rig(
 
 def make_settings(redis_url: str, deployment: str, **overrides: Any) -> Settings:
     gateway = {"port": 0, **overrides.pop("gateway", {})}
-    redis = {"url": redis_url, "heartbeat_s": 0.1, "heartbeat_ttl_s": 3.0}
+    redis = {"url": redis_url, "heartbeat_s": 0.1, "heartbeat_ttl_s": 3.0, **overrides.pop("redis", {})}
     return load_settings(deployment=deployment, redis=redis, gateway=gateway, **overrides)
 
 

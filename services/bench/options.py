@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from shared.bus.local import find_bus
 from shared.errors import ConfigurationError
 
 EXIT_ERRORS = 1
@@ -88,13 +90,14 @@ def bench(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Same seed, same prompts and start times.")] = 0,
     timeout: Annotated[float, typer.Option(help="Seconds one request may take.")] = 600.0,
-    redis_url: Annotated[str, typer.Option(help="Count this Redis's commands per token.")] = "",
+    redis_url: Annotated[str, typer.Option(help="Count this bus's commands; empty: a local serve's.")] = "",
     pid: Annotated[list[int] | None, typer.Option(help="Measure these processes; else all of Slipstream's.")] = None,
     label: Annotated[str, typer.Option(help="A name to find the run by.")] = "",
     extra: Annotated[str, typer.Option(help="A JSON object merged into every request.")] = "{}",
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Load a running server and report latency, throughput, hand-off, Redis commands and memory."""
+    redis_url = redis_url or os.environ.get("SLIPSTREAM_REDIS__URL", "") or find_bus("default")
     try:
         options = BenchOptions(
             base_url=base_url,

@@ -10,10 +10,10 @@ import aiohttp
 from rich.console import Console
 from rich.table import Table
 
-from services.cli.local import find_bus
 from services.cli.serve import connectable
 from shared.bus.connection import check as check_server
 from shared.bus.connection import connect
+from shared.bus.local import find_bus
 from shared.bus.registry import Registry
 from shared.config import Settings
 from shared.errors import ConfigurationError

@@ -26,10 +26,10 @@ from rich.console import Console
 
 from services.cli.banner import show_ready
 from services.cli.flags import environment
-from services.cli.local import noted
 from services.cli.progress import LoadingProgress
 from shared.bus.connection import connect
 from shared.bus.embedded import EmbeddedServer
+from shared.bus.local import noted
 from shared.bus.registry import Registry
 from shared.config import Settings
 from shared.errors import ConfigurationError

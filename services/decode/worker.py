@@ -122,7 +122,10 @@ class DecodeService:
             log.error("offer_unreadable", request_id=offer.request_id, error=str(error))
             await self._context.store.sweep(offer.stream, offer.entry, offer.request_id, False)
             return
-        reservation = await self._reserve(offer, blob, state)
+        if not self._context.can_hold(offer.job):
+            await self._refuse(offer)
+            return
+        reservation = None if state.is_finished else await self._reserve(offer, blob, state)
         if reservation is None:
             return
         try:
@@ -136,13 +139,16 @@ class DecodeService:
             return
         await self._decode(request, reservation, arrival)
 
+    async def _refuse(self, offer: Offer) -> None:
+        """End a request that would outgrow this worker's whole cache; to own it is the right to end it."""
+        result = await self._context.store.commit(offer, f"{self._context.worker_id}:{secrets.token_hex(8)}", ())
+        if isinstance(result, Committed):
+            message = "longer than this worker's KV cache"
+            await self._context.store.fail(result.lease, "context_length_exceeded", message)
+
     async def _reserve(self, offer: Offer, blob: OfferBlob, state: JournalState) -> Reservation | None:
         """Wait for room; None once the offer went stale or was handed to another worker."""
         sequences = decode_sequences(offer.job, state, self._context.scope)
-        rows = len(sequences) * max(len(sequence.tokens) for sequence in sequences) if sequences else 0
-        if not sequences or rows > 2 * self._context.built.engine.max_request_tokens:
-            await self._context.store.sweep(offer.stream, offer.entry, offer.request_id, False)
-            return None
         growth = min(GROWTH_TOKENS, offer.job.params.max_tokens)
         checked = time.monotonic()
         self._waiting_for_blocks += 1

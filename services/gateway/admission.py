@@ -30,10 +30,11 @@ class Admission:
     Owned by one event loop; every change happens between awaits.
     """
 
-    def __init__(self, max_in_flight: int, max_per_key: int, max_queued: int) -> None:
+    def __init__(self, max_in_flight: int, max_per_key: int, max_queued: int, max_wait_s: float) -> None:
         self._max_in_flight = max_in_flight
         self._max_per_key = max_per_key
         self._max_queued = max_queued
+        self._max_wait_s = max_wait_s
         self._held: Counter[str] = Counter()
         self._queues: OrderedDict[str, deque[_Waiter]] = OrderedDict()
         self.in_flight = 0
@@ -45,8 +46,8 @@ class Admission:
     async def slot(self, key_id: str, weight: int = 1) -> AsyncIterator[None]:
         """Hold `weight` slots; waits in turn when none is free.
 
-        Raises RateLimited when the key has its share already, Overloaded when the queue is full,
-        InvalidRequest when it could never fit.
+        Raises RateLimited when the key has its share already, Overloaded when the queue is full or the
+        wait too long, InvalidRequest when it could never fit.
         """
         limit = min(self._max_in_flight, self._max_per_key)
         if weight > limit:
@@ -56,7 +57,11 @@ class Admission:
         self._held[key_id] += weight
         self._idle.clear()
         try:
-            await self._enter(key_id, weight)
+            try:
+                async with asyncio.timeout(self._max_wait_s):
+                    await self._enter(key_id, weight)
+            except TimeoutError:
+                raise Overloaded("The server stayed full; try again in a moment.", _RETRY_AFTER_S) from None
             try:
                 yield
             finally:

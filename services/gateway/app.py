@@ -141,7 +141,7 @@ def make_gateway(
         text=text,
         opener=streams,
         cluster=cluster,
-        admission=Admission(edge.max_in_flight, edge.max_in_flight_per_key, edge.max_queued),
+        admission=Admission(edge.max_in_flight, edge.max_in_flight_per_key, edge.max_queued, edge.request_timeout_s),
         sockets=SocketSet(edge.max_websockets, metrics.websockets.set),
         metrics=metrics,
     )

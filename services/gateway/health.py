@@ -44,6 +44,8 @@ class ClusterView:
                 await self.refresh()
             except (RedisError, OSError) as exc:
                 _log.warning("cluster_view_failed", error=type(exc).__name__)
+            except Exception:
+                _log.exception("cluster_view_failed")
 
     async def refresh(self) -> None:
         """Beat once and read all workers' beats. Raises redis errors."""
@@ -84,11 +86,9 @@ class ClusterView:
             raise NoWorkers(f"No {' and no '.join(missing)} worker is ready; try again in a moment.", retry_after=2)
 
     def limits(self, max_model_len: int, vocab_size: int) -> Limits:
-        """Bounds of a request that some live worker of each role can hold."""
-        decode = max((beat.max_request_tokens for beat in self.ready("decode")), default=max_model_len)
-        prefill = max((beat.max_request_tokens for beat in self.ready("prefill")), default=max_model_len)
-        context = min(max_model_len, decode)
-        return Limits(context=context, prompt=min(context, prefill), vocab_size=vocab_size)
+        """Bounds of a request that every ready worker can hold: any of them may claim it, or take it over later."""
+        rooms = [beat.max_request_tokens for role in ROLES for beat in self.ready(role)]
+        return Limits(context=min([max_model_len, *rooms]), vocab_size=vocab_size)
 
     def report(self) -> dict[str, Any]:
         """Body of /health."""

@@ -28,14 +28,13 @@ class SamplingDefaults:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds of a request now: `context` tokens in all, of them at most `prompt` in the prompt.
+    """Bounds of a request now: `context` tokens in all.
 
-    Both come from the model and from the largest live KV pool, so a request that no worker could
-    ever hold is refused here.
+    It comes from the model and from the smallest live KV pool: any worker may claim a request, so one that some
+    worker could never hold is refused here.
     """
 
     context: int
-    prompt: int
     vocab_size: int
 
 
@@ -85,8 +84,8 @@ def scores_only(body: ChatBody | CompletionBody) -> bool:
 
 def _max_tokens(body: ChatBody | CompletionBody, prompt_len: int, limits: Limits) -> int:
     param = "messages" if isinstance(body, ChatBody) else "prompt"
-    if prompt_len > limits.prompt or prompt_len >= limits.context:
-        limit = min(limits.prompt, limits.context)
+    if prompt_len >= limits.context:
+        limit = limits.context
         raise context_exceeded(limit, f"However, your {param} resulted in {prompt_len} tokens.", param)
     room = limits.context - prompt_len
     wanted = body.tokens_wanted

@@ -126,6 +126,9 @@ class PrefillService:
 
     async def _serve(self, begun: Begun) -> None:
         job, state = begun.job, fold(begun.entries, begun.job.params.n)
+        if not self._context.can_hold(job):
+            await self._context.store.fail(begun.lease, "context_length_exceeded", "longer than this worker's KV cache")
+            return
         overdue = overdue_finishes(job, state)
         if overdue:
             await self._append(begun.lease, overdue, Usage(path=PATH_PREFILL_ONLY))
@@ -134,18 +137,10 @@ class PrefillService:
             if state.is_finished:
                 return
         sequence = prefill_sequence(job, state, self._context.scope)
-        if len(sequence.tokens) >= self._context.built.max_request_tokens:
-            await self._refuse_too_long(begun.lease, sequence)
-            return
         async with self._admitted(begun, state, sequence) as handling, asyncio.TaskGroup() as group:
             toucher = group.create_task(self._keep_touching(handling))
             await self._compute_and_hand_off(handling)
             await end_tasks([toucher])
-
-    async def _refuse_too_long(self, lease: Lease, sequence: Sequence) -> None:
-        limit = self._context.built.max_request_tokens
-        message = f"This model's maximum context length is {limit} tokens; the prompt has {len(sequence.tokens)}."
-        await self._context.store.fail(lease, "context_length_exceeded", message)
 
     @asynccontextmanager
     async def _admitted(self, begun: Begun, state: JournalState, sequence: Sequence) -> AsyncIterator[Handling]:

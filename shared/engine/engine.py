@@ -152,20 +152,20 @@ class Engine:
     def reserve(self, sequences: list[Sequence], num_tokens: int, growth: int) -> Reservation | None:
         """Reserve zeroed blocks for `num_tokens` handed-off positions plus `growth`, or None when they are not free.
 
-        All sequences share the full blocks of the handed-off prefix; each has its own tail. Waiting local work goes
-        first: it was admitted earlier.
+        All sequences share the full blocks of the handed-off prefix; each has its own tail. Only the first has to fit:
+        the others queue for their blocks when they do not. Waiting local work goes first, it was admitted earlier.
         """
         first, size = sequences[0], self._block_size
         cached = self.scheduler.cached_prefix(first)[: num_tokens // size]
-        each, shared = -(-(num_tokens + growth) // size), num_tokens // size
-        needed = each - len(cached) + (len(sequences) - 1) * (each - shared)
-        if self.scheduler.waiting or not self.blocks.can_allocate(needed, cached):
+        each, shared = min(-(-(num_tokens + growth) // size), self.blocks.num_usable), num_tokens // size
+        if self.scheduler.waiting or not self.blocks.can_allocate(each - len(cached), cached):
             return None
         self.blocks.retain(cached)
         first.block_ids = cached + self.blocks.allocate(each - len(cached))
         for fork in sequences[1:]:
-            self.blocks.retain(first.block_ids[:shared])
-            fork.block_ids = first.block_ids[:shared] + self.blocks.allocate(each - shared)
+            if self.blocks.can_allocate(each - shared):
+                self.blocks.retain(first.block_ids[:shared])
+                fork.block_ids = first.block_ids[:shared] + self.blocks.allocate(each - shared)
         self._zero_fresh()
         reservation = Reservation(sequences, num_tokens, len(cached) * size)
         self._reservations.append(reservation)
@@ -183,6 +183,9 @@ class Engine:
         shared, tail = divmod(reservation.num_tokens, self._block_size)
         first = reservation.sequences[0]
         for sequence in reservation.sequences:
+            if not sequence.block_ids:
+                self.add(sequence)
+                continue
             if tail and sequence is not first:
                 self._runner.cache.copy_block(first.block_ids[shared], sequence.block_ids[shared])
             sequence.num_cached = reservation.num_cached

@@ -9,6 +9,7 @@ from typing import Protocol
 from shared.bus.requests import RequestStore
 from shared.bus.workqueue import WorkItem
 from shared.config import EngineSettings, TransferSettings
+from shared.protocol.messages import Job
 from shared.transfer.base import Identity, TransferLimits
 from shared.worker.bridge import EngineBridge
 from shared.worker.build import BuiltEngine
@@ -27,6 +28,10 @@ class WorkerContext:
     engine_settings: EngineSettings
     transfer_settings: TransferSettings
     secret: bytes
+
+    def can_hold(self, job: Job) -> bool:
+        """Whether prompt and output of each choice fit this worker's KV cache when it has it alone."""
+        return len(job.prompt_ids) + job.params.max_tokens <= self.built.max_request_tokens
 
     @property
     def identity(self) -> Identity:

@@ -14,7 +14,21 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from tests.gateway_rig import CHAT, CODEC, COMPLETIONS, CONTEXT, MESSAGES, MODEL, Rig, eventually, rig
+from services.gateway.app import serve
+from shared.errors import ConfigurationError
+from tests.gateway_rig import (
+    CHAT,
+    CODEC,
+    COMPLETIONS,
+    CONTEXT,
+    MESSAGES,
+    MODEL,
+    Rig,
+    eventually,
+    make_model,
+    make_settings,
+    rig,
+)
 
 CHAT_BODY = {"messages": MESSAGES}
 
@@ -160,7 +174,8 @@ async def test_token_ids_and_counts_out_of_range(it: Rig) -> None:
 
 
 async def test_nothing_refused_reached_a_worker_and_the_next_request_is_served(it: Rig) -> None:
-    for body in ({}, {"messages": []}, {**CHAT_BODY, "n": 10**9}, {**CHAT_BODY, "stop": ""}):
+    bodies: list[dict[str, Any]] = [{}, {"messages": []}, {**CHAT_BODY, "n": 10**9}, {**CHAT_BODY, "stop": ""}]
+    for body in bodies:
         assert (await it.post(CHAT, body))[0] == 400
     assert it.worker.jobs == []
     assert (await it.post(CHAT, CHAT_BODY))[0] == 200
@@ -195,12 +210,12 @@ async def test_full_means_503_and_a_keys_share_429(redis_url: str, deployment: s
     settings = {"max_in_flight": 2, "max_queued": 1, "max_in_flight_per_key": 2}
     async with rig(redis_url, deployment, gateway=settings, api_keys="one,two,three") as it:
         it.worker.gate.clear()
-        running = [asyncio.create_task(self_post(it, key)) for key in ("one", "one", "two")]
+        running = [asyncio.create_task(post_with_key(it, key)) for key in ("one", "one", "two")]
         await eventually(lambda: it.gateway.admission.queued == 1, "two run and one waits")
-        status, answer, response = await self_post(it, "one")
+        status, answer, response = await post_with_key(it, "one")
         assert (status, response.headers["Retry-After"].isdigit()) == (429, True)
         check_error(answer, "rate_limit_exceeded")
-        status, answer, _ = await self_post(it, "three")
+        status, answer, _ = await post_with_key(it, "three")
         assert status == 503
         check_error(answer, "overloaded")
         it.worker.gate.set()
@@ -209,7 +224,7 @@ async def test_full_means_503_and_a_keys_share_429(redis_url: str, deployment: s
         assert it.metric("rejections_total", reason="overloaded") == 1
 
 
-async def self_post(it: Rig, key: str) -> tuple[int, Any, aiohttp.ClientResponse]:
+async def post_with_key(it: Rig, key: str) -> tuple[int, Any, aiohttp.ClientResponse]:
     return await it.post(CHAT, CHAT_BODY, headers={"Authorization": f"Bearer {key}"})
 
 
@@ -227,7 +242,7 @@ async def test_every_route_but_two_wants_a_key(redis_url: str, deployment: str) 
         for path in ("/live", "/health"):
             assert (await it.get(path))[0] == 200
         for key in ("sk-1", "sk-2"):
-            status, _, _ = await self_post(it, key)
+            status, _, _ = await post_with_key(it, key)
             assert status == 200
     tenants = {job.tenant for job in it.worker.jobs}
     assert len(tenants) == 2
@@ -264,10 +279,6 @@ async def test_a_deadline_ends_a_request_that_nobody_computes(redis_url: str, de
 
 
 def test_the_port_being_taken_is_said(redis_url: str, deployment: str) -> None:
-    from services.gateway.app import serve
-    from shared.errors import ConfigurationError
-    from tests.gateway_rig import make_model, make_settings
-
     async def start(port: int) -> None:
         settings = make_settings(redis_url, deployment, gateway={"port": port})
         async with serve(settings, make_model()):

@@ -53,7 +53,7 @@ class Crowd:
 
 
 async def test_requests_wait_for_a_slot_in_order() -> None:
-    crowd = Crowd(Admission(1, 10, 10))
+    crowd = Crowd(Admission(1, 10, 10, 30))
     for name in "abc":
         await crowd.come(name)
     assert (crowd.order, crowd.admission.queued) == (["a"], 2)
@@ -65,7 +65,7 @@ async def test_requests_wait_for_a_slot_in_order() -> None:
 
 
 async def test_keys_take_turns() -> None:
-    crowd = Crowd(Admission(1, 10, 10))
+    crowd = Crowd(Admission(1, 10, 10, 30))
     for name, key in (("a1", "a"), ("a2", "a"), ("a3", "a"), ("b1", "b"), ("b2", "b")):
         await crowd.come(name, key)
     for name in ("a1", "a2", "b1", "a3"):
@@ -75,7 +75,7 @@ async def test_keys_take_turns() -> None:
 
 
 async def test_a_full_queue_is_overload() -> None:
-    crowd = Crowd(Admission(1, 10, 1))
+    crowd = Crowd(Admission(1, 10, 1, 30))
     await crowd.come("a")
     await crowd.come("b")
     with pytest.raises(Overloaded) as caught:
@@ -85,8 +85,18 @@ async def test_a_full_queue_is_overload() -> None:
     await crowd.empty()
 
 
+async def test_a_wait_has_an_end_and_leaves_nothing_behind() -> None:
+    crowd = Crowd(Admission(1, 10, 10, 0.02))
+    await crowd.come("a")
+    with pytest.raises(Overloaded):
+        async with crowd.admission.slot("b"):
+            pass
+    assert (crowd.admission.in_flight, crowd.admission.queued) == (1, 0)
+    await crowd.empty()
+
+
 async def test_a_key_over_its_share_is_limited_and_others_are_not() -> None:
-    crowd = Crowd(Admission(10, 2, 10))
+    crowd = Crowd(Admission(10, 2, 10, 30))
     await crowd.come("a", "k")
     await crowd.come("b", "k")
     with pytest.raises(RateLimited):
@@ -102,13 +112,13 @@ async def test_a_key_over_its_share_is_limited_and_others_are_not() -> None:
 
 async def test_what_could_never_fit_is_the_callers_fault() -> None:
     with pytest.raises(InvalidRequest) as caught:
-        async with Admission(4, 10, 10).slot("", 5):
+        async with Admission(4, 10, 10, 30).slot("", 5):
             pass
     assert caught.value.param == "prompt"
 
 
 async def test_a_heavy_request_is_not_overtaken_for_ever() -> None:
-    crowd = Crowd(Admission(2, 10, 10))
+    crowd = Crowd(Admission(2, 10, 10, 30))
     await crowd.come("a")
     await crowd.come("heavy", weight=2)
     await crowd.come("light")
@@ -119,7 +129,7 @@ async def test_a_heavy_request_is_not_overtaken_for_ever() -> None:
 
 
 async def test_a_waiter_that_leaves_frees_its_place() -> None:
-    crowd = Crowd(Admission(1, 10, 10))
+    crowd = Crowd(Admission(1, 10, 10, 30))
     for name in "abc":
         await crowd.come(name)
     await crowd.cancel("b")
@@ -130,7 +140,7 @@ async def test_a_waiter_that_leaves_frees_its_place() -> None:
 
 
 async def test_a_waiter_cancelled_in_the_moment_it_is_let_in_passes_the_slot_on() -> None:
-    crowd = Crowd(Admission(1, 10, 10))
+    crowd = Crowd(Admission(1, 10, 10, 30))
     for name in "abc":
         await crowd.come(name)
     crowd.leave["a"].set()
@@ -144,7 +154,7 @@ async def test_a_waiter_cancelled_in_the_moment_it_is_let_in_passes_the_slot_on(
 
 
 async def test_a_cancelled_waiter_that_has_not_run_yet_is_skipped() -> None:
-    crowd = Crowd(Admission(1, 10, 10))
+    crowd = Crowd(Admission(1, 10, 10, 30))
     for name in "abc":
         await crowd.come(name)
     crowd.tasks["b"].cancel()
@@ -155,7 +165,7 @@ async def test_a_cancelled_waiter_that_has_not_run_yet_is_skipped() -> None:
 
 
 async def test_slots_come_back_when_the_holder_fails() -> None:
-    admission = Admission(1, 1, 1)
+    admission = Admission(1, 1, 1, 30)
     async with AsyncExitStack() as stack:
         with pytest.raises(ValueError, match="boom"):
             async with admission.slot("k"):

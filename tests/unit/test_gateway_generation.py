@@ -200,6 +200,13 @@ async def drain(generation: Generation) -> list[Delta]:
     return deltas
 
 
+async def run_through(generation: Generation, opener: FakeOpener, *events: Tokens | End | Exception) -> list[Delta]:
+    """Everything a generation gives when its first job gets these events."""
+    async with generation:
+        opener.handles[0].feed(*events)
+        return await drain(generation)
+
+
 async def test_a_finished_job_is_not_cancelled_and_counts_once() -> None:
     generation, opener, metrics = make()
     async with generation:
@@ -236,12 +243,16 @@ async def test_silence_is_an_empty_list() -> None:
 
 async def test_leaving_early_cancels() -> None:
     generation, opener, _ = make(jobs=2)
-    with pytest.raises(asyncio.CancelledError):
+
+    async def leave_early() -> None:
         async with generation:
             opener.handles[0].feed(*entries("a", finish="stop"), DONE)
             await generation.next(5)
             await generation.next(0.01)
             raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        await leave_early()
     assert opener.handles[0].cancels == [], "it had ended"
     assert opener.handles[1].cancels == [("client_gone", True, None)]
 
@@ -286,9 +297,7 @@ async def test_choices_of_several_jobs_are_numbered_through() -> None:
 async def test_an_end_without_a_finish_is_a_failure(end: End) -> None:
     generation, opener, _ = make(jobs=2)
     with pytest.raises(GenerationFailed):
-        async with generation:
-            opener.handles[0].feed(*entries("Hel"), end)
-            await drain(generation)
+        await run_through(generation, opener, *entries("Hel"), end)
     assert opener.handles[0].cancels == []
     assert opener.handles[1].cancels == [("client_gone", True, None)]
 
@@ -303,9 +312,7 @@ async def test_an_end_after_all_choices_finished_is_no_failure_whatever_it_says(
 async def test_a_broken_stream_is_raised_and_not_waited_for() -> None:
     generation, opener, _ = make()
     with pytest.raises(RuntimeError, match="broken"):
-        async with generation:
-            opener.handles[0].feed(RuntimeError("broken"))
-            await drain(generation)
+        await run_through(generation, opener, RuntimeError("broken"))
 
 
 async def test_prompt_scores_are_kept_for_the_answer() -> None:

@@ -12,7 +12,7 @@ from services.gateway.schemas import ChatBody, CompletionBody, validate
 from shared.errors import ContextLengthExceeded, InvalidRequest, RequestError
 from shared.protocol.sampling import MAX_STOP_IDS, SamplingParams
 
-LIMITS = Limits(context=100, prompt=100, vocab_size=50)
+LIMITS = Limits(context=100, vocab_size=50)
 EOS = (2, 3)
 NO_DEFAULTS = SamplingDefaults()
 

@@ -122,7 +122,7 @@ def test_echo_with_logprobs_scores_the_prompt_first() -> None:
 
 def test_alternatives_with_the_same_text_keep_the_better() -> None:
     layout = make_format(make_plan(CompletionBody, logprobs=2), "m", CODEC)
-    broken = [token for token in CODEC.encode("ζ")]
+    broken = CODEC.encode("ζ")
     scored = score(-3.0, (broken[0], -0.1), (broken[1], -0.2))
     answer = Answer(["x"], [HELLO[0]], [scored], "stop", None)
     row = layout.whole([answer], [()], USAGE)["choices"][0]["logprobs"]["top_logprobs"][0]
