@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import AsyncIterator, Iterator
 
@@ -12,6 +13,10 @@ from redis.asyncio import Redis
 from shared.bus.connection import connect, connect_blocking
 from shared.bus.embedded import EmbeddedServer
 from shared.protocol.keys import Keys
+
+
+# Before torch is loaded: on shared cores, threads that spin while they wait make small products many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture(scope="session")

@@ -34,18 +34,48 @@ from tests.tiny_model import NAME
 TIMEOUT_S = 30.0
 
 
+@dataclass(slots=True, eq=False)
+class Running:
+    """One worker: set `stop` to drain it, cancel `task` to have it gone without a word."""
+
+    worker: Worker
+    stop: asyncio.Event
+    task: asyncio.Task[None]
+
+    @property
+    def worker_id(self) -> str:
+        return self.worker.worker_id
+
+
 @dataclass(slots=True)
 class Bench:
-    """What a test holds of one deployment: the bus, its workers' services, and a way to run requests."""
+    """What a test holds of one deployment: the bus, its workers and their services, and a way to run requests.
+
+    `services` is by worker id; `prefill` and `decode` list the same services in the order they came up.
+    """
 
     settings: Settings
     keys: Keys
     store: RequestStore
     registry: Registry
+    group: asyncio.TaskGroup
     prefill: list[PrefillService] = field(default_factory=list)
     decode: list[DecodeService] = field(default_factory=list)
+    services: dict[str, PrefillService | DecodeService] = field(default_factory=dict)
+    running: list[Running] = field(default_factory=list)
     tap: FrameTap | None = None
-    stop: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def start(self, role: str) -> Running:
+        """Start one more worker; it is drained at the end with the others."""
+        make, share = (_prefill(self), 1.0) if role == "prefill" else (_decode(self), PREFILL_SHARE)
+        worker, stop = Worker(role, self.settings, make, prefill_share=share), asyncio.Event()
+        running = Running(worker, stop, self.group.create_task(worker.run(stop)))
+        self.running.append(running)
+        return running
+
+    async def states(self) -> dict[str, str]:
+        """The state in each live worker's last heartbeat, by worker id."""
+        return {beat.worker_id: beat.state for beat in await self.registry.live()}
 
     def job(self, prompt: list[int], **params: Any) -> Job:
         fields = {"max_tokens": 16, "seed": 11, "temperature": 0.0} | params
@@ -107,35 +137,28 @@ async def workers(
 ) -> AsyncIterator[Bench]:
     """Ready workers of both roles; drained at the end. `overrides` are settings, nested like `Settings`."""
     engine = {"kv_cache_tokens": 2048, "threads": 1} | overrides.pop("engine", {})
-    settings = load_settings(
-        deployment=deployment,
-        model=str(model),
-        served_model_name=NAME,
-        redis={"url": redis_url},
-        cluster_secret="secret of the tests",
-        drain_timeout_s=5,
-        engine=engine,
-        **overrides,
-    )
+    redis = {"url": redis_url} | overrides.pop("redis", {})
+    fixed = {"deployment": deployment, "model": str(model), "served_model_name": NAME, "engine": engine, "redis": redis}
+    secret = {"cluster_secret": "secret of the tests", "drain_timeout_s": 5}
+    settings = load_settings(**(fixed | secret | overrides))
     async with connect(redis_url) as client:
         keys = Keys(deployment)
-        bench = Bench(settings, keys, RequestStore(client, keys), Registry(client, keys), tap=tap)
         async with asyncio.TaskGroup() as group:
-            for _ in range(prefill):
-                group.create_task(Worker("prefill", settings, _prefill(bench), prefill_share=1.0).run(bench.stop))
-            for _ in range(decode):
-                worker = Worker("decode", settings, _decode(bench), prefill_share=PREFILL_SHARE)
-                group.create_task(worker.run(bench.stop))
+            bench = Bench(settings, keys, RequestStore(client, keys), Registry(client, keys), group, tap=tap)
+            for role in ["prefill"] * prefill + ["decode"] * decode:
+                bench.start(role)
             try:
-                await _all_ready(bench, prefill + decode)
+                await all_ready(bench, prefill + decode)
                 yield bench
             finally:
-                bench.stop.set()
+                for running in bench.running:
+                    running.stop.set()
 
 
-async def _all_ready(bench: Bench, count: int) -> None:
+async def all_ready(bench: Bench, count: int) -> None:
+    """Until `count` workers' heartbeats say that they are ready. With none to wait for it returns at once."""
     async with asyncio.timeout(TIMEOUT_S):
-        while sum(beat.state == "ready" for beat in await bench.registry.live()) < count:
+        while list((await bench.states()).values()).count("ready") < count:
             await asyncio.sleep(0.02)
 
 
@@ -148,6 +171,7 @@ def _prefill(bench: Bench) -> Any:
         try:
             service = PrefillService(context, exporter)
             bench.prefill.append(service)
+            bench.services[context.worker_id] = service
             yield service
         finally:
             await exporter.close()
@@ -164,6 +188,7 @@ def _decode(bench: Bench) -> Any:
         try:
             service = DecodeService(context, importer)
             bench.decode.append(service)
+            bench.services[context.worker_id] = service
             yield service
         finally:
             await importer.close()

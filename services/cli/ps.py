@@ -20,7 +20,8 @@ from shared.errors import ConfigurationError
 from shared.protocol.keys import Keys
 from shared.protocol.messages import WorkerBeat
 
-_COLUMNS = ("worker", "role", "model", "state", "running", "waiting", "KV use", "tokens/s", "served")
+_COLUMNS = ("role", "model", "state", "running", "waiting", "KV use", "tokens/s", "served")
+_PIPE_WIDTH = 200  # columns where no terminal tells a width, as in `docker compose exec -T`: room for whole ids
 
 
 async def run_ps(settings: Settings, *, as_json: bool, check: str) -> int:
@@ -34,7 +35,10 @@ async def run_ps(settings: Settings, *, as_json: bool, check: str) -> int:
     if as_json:
         print(json.dumps([asdict(beat) for beat in beats]))
     else:
-        Console().print(_table(beats) if beats else "No worker is alive.")
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=_PIPE_WIDTH)
+        console.print(table_of(beats) if beats else "No worker is alive.")
     return 0
 
 
@@ -62,8 +66,12 @@ async def _check_gateway(settings: Settings) -> int:
         return 1
 
 
-def _table(beats: list[WorkerBeat]) -> Table:
-    table = Table(*_COLUMNS, box=None, pad_edge=False)
+def table_of(beats: list[WorkerBeat]) -> Table:
+    """A row a worker. Its id is what usage and logs name it by, so a narrow terminal folds it and never cuts it."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("worker", overflow="fold")
+    for name in _COLUMNS:
+        table.add_column(name)
     for beat in beats:
         use = 100 * beat.kv_tokens_used / beat.kv_tokens if beat.kv_tokens else 0.0
         state = f"{beat.state} {beat.progress:.0%}" if beat.state == "loading" else beat.state

@@ -23,7 +23,8 @@ def chain_root(*parts: str) -> bytes:
     The parts are everything the bits in a block depend on beside the tokens (tenant salt, model revision,
     adapter, KV dtype, numerics fingerprint).
     """
-    return hashlib.sha256("\0".join(parts).encode()).digest()
+    encoded = [part.encode() for part in parts]  # lengths go in, so that no two lists of parts read the same
+    return hashlib.sha256(b"".join(len(part).to_bytes(4, "little") + part for part in encoded)).digest()
 
 
 def chain_hash(parent: bytes, tokens: Sequence[int]) -> bytes:

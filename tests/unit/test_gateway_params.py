@@ -107,12 +107,6 @@ def test_a_request_that_just_fits_is_accepted() -> None:
     assert resolve(completion(), prompt_len=99).max_tokens == 1
 
 
-def test_a_prompt_no_prefill_worker_can_hold_is_refused() -> None:
-    with pytest.raises(ContextLengthExceeded, match="is 20 tokens"):
-        resolve(chat(), prompt_len=21, prompt=20)
-    assert resolve(chat(), prompt_len=20, prompt=20).max_tokens == 80
-
-
 def test_min_tokens_beyond_the_output_limit_are_refused() -> None:
     with pytest.raises(RequestError) as caught:
         resolve(completion(min_tokens=17))
