@@ -84,7 +84,9 @@ def measure_transformers(streams: list[int]) -> None:
     for count in streams:
         ids = torch.randint(20, 40000, (count, PROMPT_LEN), generator=torch.Generator().manual_seed(count))
         options = {"do_sample": False, "min_new_tokens": OUTPUT_LEN, "max_new_tokens": OUTPUT_LEN, "pad_token_id": 2}
-        model.generate(ids, attention_mask=torch.ones_like(ids), **(options | {"min_new_tokens": 2, "max_new_tokens": 2}))
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), **(options | {"min_new_tokens": 2, "max_new_tokens": 2})
+        )
         started = time.perf_counter()
         model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         rates[count] = count * OUTPUT_LEN / (time.perf_counter() - started)
@@ -111,7 +113,9 @@ def table(raw: dict[str, Any]) -> str:
     for mode, by_streams in raw.items():
         cells = []
         for streams in STREAMS:
-            rates = [value if isinstance(value, float) else value["output_tokens_per_s"] for value in by_streams[streams]]
+            rates = [
+                value if isinstance(value, float) else value["output_tokens_per_s"] for value in by_streams[streams]
+            ]
             cells.append(f"{median(rates):.1f} [{min(rates):.1f}-{max(rates):.1f}]")
         lines.append(f"| {mode} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

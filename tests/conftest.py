@@ -14,7 +14,6 @@ from shared.bus.connection import connect, connect_blocking
 from shared.bus.embedded import EmbeddedServer
 from shared.protocol.keys import Keys
 
-
 # Before torch is loaded: on shared cores, threads that spin while they wait make small products many times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

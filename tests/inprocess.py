@@ -196,13 +196,15 @@ def _decode(bench: Bench) -> Any:
     return make
 
 
-def unsplit_tokens(model: Path, prompts: list[list[int]], **params: Any) -> list[list[int]]:
+def unsplit_tokens(
+    model: Path, prompts: list[list[int]], *, engine: dict[str, Any] | None = None, **params: Any
+) -> list[list[int]]:
     """The same requests in one engine in one process, one after the other: what every other way must equal."""
     from tests.engine_fakes import make_sequence, output_of
 
     built = build_engine(
         resolve(str(model)),
-        EngineSettings(kv_cache_tokens=2048, threads=1),
+        EngineSettings(**({"kv_cache_tokens": 2048, "threads": 1} | (engine or {}))),
         prefill_share=1.0,
         shared_cache=False,
     )

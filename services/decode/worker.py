@@ -163,10 +163,23 @@ class DecodeService:
                 await self._context.bridge.progress(_RETRY_RESERVE_S)
                 if time.monotonic() - checked > _RECHECK_OFFER_S:
                     checked = time.monotonic()
-                    if isinstance(await self._context.store.take(offer.stream, offer.entry, offer.request_id), Stale):
+                    if not await self._is_worth_waiting(offer, blob.num_tokens + growth):
                         return None
         finally:
             self._waiting_for_blocks -= 1
+
+    async def _is_worth_waiting(self, offer: Offer, num_tokens: int) -> bool:
+        """False once the offer went stale, or was handed back because a peer has room for it now."""
+        store = self._context.store
+        if isinstance(await store.take(offer.stream, offer.entry, offer.request_id), Stale):
+            return False
+        for beat in await self._context.registry.live():
+            peer = beat.role == "decode" and beat.model == self._context.model and beat.state == "ready"
+            roomy = beat.kv_tokens - beat.kv_tokens_used >= num_tokens and not beat.waiting
+            if peer and roomy and beat.worker_id != self._context.worker_id:
+                await store.sweep(offer.stream, offer.entry, offer.request_id, False)
+                return False
+        return True
 
     async def _pull(self, offer: Offer, blob: OfferBlob, reservation: Reservation) -> Arrival:
         size = self._context.built.layout.block_size

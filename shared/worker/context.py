@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+from shared.bus.registry import Registry
 from shared.bus.requests import RequestStore
 from shared.bus.workqueue import WorkItem
 from shared.config import EngineSettings, TransferSettings
@@ -23,6 +24,7 @@ class WorkerContext:
     worker_id: str
     model: str
     store: RequestStore
+    registry: Registry
     bridge: EngineBridge
     built: BuiltEngine
     engine_settings: EngineSettings

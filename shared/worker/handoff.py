@@ -52,9 +52,13 @@ def unpack_offer(blob: bytes) -> OfferBlob:
 def unpack_record(blob: bytes) -> HandoffRecord:
     """Raises ProtocolError on anything `HandoffRecord.pack` cannot have made."""
     match _unpacked(blob, _MAX_RECORD, "hand-off record"):
-        case [list(events), int(cached), str(worker_id)] if len(events) <= MAX_CHOICES and 0 <= cached < 1 << 31:
+        case [list(events), int(cached), str(worker_id)] if _are_blobs(events) and 0 <= cached < 1 << 31:
             return HandoffRecord(tuple(decode(Tokens, event) for event in events), cached, worker_id[:128])
     raise ProtocolError("a hand-off record is not [events, cached tokens, worker]")
+
+
+def _are_blobs(events: list[object]) -> bool:
+    return len(events) <= MAX_CHOICES and all(isinstance(event, bytes) for event in events)
 
 
 def _packed(value: list[object]) -> bytes:

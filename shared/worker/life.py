@@ -116,7 +116,7 @@ class Worker:
         settings = self._settings
         secret = settings.cluster_secret.get_secret_value().encode()
         self._context = WorkerContext(
-            self.worker_id, model, store, bridge, built, settings.engine, settings.transfer, secret
+            self.worker_id, model, store, registry, bridge, built, settings.engine, settings.transfer, secret
         )
         self._service = service = await stack.enter_async_context(self._make_service(self._context))
         watched = [self._keys.work(role, model) for role in ROLES]

@@ -78,7 +78,12 @@ def make(decoder: Decoder) -> Make:
     """An engine on the tiny model with a cache of its own."""
 
     def make(
-        *, dtype: str = "float32", block_size: int = 16, budget: int = 512, blocks: int = 40, prefix_caching: bool = True
+        *,
+        dtype: str = "float32",
+        block_size: int = 16,
+        budget: int = 512,
+        blocks: int = 40,
+        prefix_caching: bool = True,
     ) -> Made:
         cache = KVCache(KVLayout(LAYERS, KV_HEADS, HEAD_DIM, block_size, dtype), blocks)
         limits = SchedulerLimits(max_num_batched_tokens=budget)
@@ -157,7 +162,9 @@ def test_rule_2_the_kv_of_a_token_does_not_depend_on_the_block_size(make: Make, 
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
-@pytest.mark.parametrize(("ours", "theirs"), [("float32", "bfloat16"), ("bfloat16", "float16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [("float32", "bfloat16"), ("bfloat16", "float16"), ("bfloat16", "float32")]
+)
 async def test_rule_3_a_peer_with_another_kv_dtype_is_refused(transport: str, ours: str, theirs: str) -> None:
     source = random_cache(replace(LAYOUT, dtype=theirs), shared=True)
     target = KVCache(replace(LAYOUT, dtype=ours), NUM_BLOCKS)

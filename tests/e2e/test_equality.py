@@ -56,8 +56,8 @@ def test_a_prefix_hit_equals_a_miss(cluster: Cluster) -> None:
 def test_tcp_small_chunks_and_preemption_change_nothing(tiny_model: Path, tmp_path: Path) -> None:
     """One cluster that does everything the other way: TCP, chunks of 16, and too few blocks for all at once."""
     prompts = [[(i * 17 + j * 3) % (VOCAB - 4) + 3 for j in range(20 + 5 * i)] for i in range(12)]
-    long = {"max_tokens": 80, "ignore_eos": True, **SAMPLED}
-    expected = unsplit_tokens(tiny_model, prompts, max_tokens=80, **SAMPLED)
+    long = {"max_tokens": 250, "ignore_eos": True, **SAMPLED}
+    expected = unsplit_tokens(tiny_model, prompts, max_tokens=250, **SAMPLED)
     settings = {
         "SLIPSTREAM_TRANSFER__TRANSPORTS": "tcp",
         "SLIPSTREAM_ENGINE__MAX_NUM_BATCHED_TOKENS": "16",
