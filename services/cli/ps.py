@@ -10,7 +10,7 @@ import aiohttp
 from rich.console import Console
 from rich.table import Table
 
-from services.cli.serve import connectable
+from services.cli.banner import connectable
 from shared.bus.connection import check as check_server
 from shared.bus.connection import connect
 from shared.bus.local import find_bus

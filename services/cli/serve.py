@@ -24,7 +24,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from rich.console import Console
 
-from services.cli.banner import show_ready
+from services.cli.banner import connectable, show_ready
 from services.cli.flags import environment
 from services.cli.progress import LoadingProgress
 from shared.bus.connection import connect
@@ -186,11 +186,6 @@ async def _beats(registry: Registry) -> list[WorkerBeat]:
         return await registry.live()
     except (RedisError, OSError):
         return []
-
-
-def connectable(host: str) -> str:
-    """The address to reach a server by that listens on `host`."""
-    return "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
 
 
 def require_free_port(host: str, port: int) -> None:

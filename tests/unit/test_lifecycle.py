@@ -170,9 +170,9 @@ def test_sigusr1_says_where_every_task_waits() -> None:
     assert child.stderr is not None
     assert "Stack for" in child.stderr.readline()
     child.send_signal(signal.SIGTERM)
-    _, told = child.communicate(timeout=WAIT_S)
-    assert child.returncode == EXIT_OK
-    assert "stop.wait" in told or "_supervised" in told or "main" in told
+    assert child.wait(WAIT_S) == EXIT_OK
+    assert "await stop.wait()" in child.stderr.read() or "_supervised" in child.stderr.read()
+    child.communicate()
 
 
 # --- a parent that dies -----------------------------------------------------------------------------------------------
