@@ -29,7 +29,7 @@ from shared.bus.sweeper import InFlight, Sweeper
 from shared.bus.workqueue import WorkItem, WorkQueue
 from shared.config import Settings
 from shared.errors import EngineError
-from shared.lifecycle import end_tasks
+from shared.lifecycle import end_tasks, flatten
 from shared.model.source import ModelSource, resolve
 from shared.protocol.keys import ROLES, Keys
 from shared.protocol.messages import WorkerBeat
@@ -82,9 +82,11 @@ class Worker:
             queue = WorkQueue(reader, commands, self._streams(model), self.worker_id)
             async with asyncio.TaskGroup() as group:
                 beating = group.create_task(self._beat(registry, queue, model))
-                built = await asyncio.to_thread(self._build, source)
-                await self._serve(stack, stop, store, queue, commands, registry, model, built)
-                await end_tasks([beating])
+                try:
+                    built = await asyncio.to_thread(self._build, source)
+                    await self._serve(stack, stop, store, queue, commands, registry, model, built)
+                finally:
+                    await end_tasks([beating])
             await registry.leave(self.worker_id)
             await queue.remove_private([self._private(model)])
 
@@ -131,10 +133,12 @@ class Worker:
                 group.create_task(self._watch_engine(bridge)),
                 group.create_task(self._prove(store, registry, model, built)),
             ]
-            claiming = group.create_task(self._claim(queue, service, bridge, model, group))
-            await stop.wait()
-            await self._drain(service, claiming)
-            await end_tasks((*tasks, *self._handlers))
+            claiming = group.create_task(self._claim(queue, store, service, bridge, model, group))
+            try:
+                await stop.wait()
+                await self._drain(service, claiming)
+            finally:  # after a failure too: a group cancels once, and a read that swallows it would go on for ever
+                await end_tasks((*tasks, claiming, *self._handlers))
 
     async def _prove(self, store: RequestStore, registry: Registry, model: str, built: BuiltEngine) -> None:
         self._state = "probing"
@@ -146,7 +150,13 @@ class Worker:
             log.info("worker_ready", worker_id=self.worker_id, equal_tokens=built.invariance.ok)
 
     async def _claim(
-        self, queue: WorkQueue, service: Service, bridge: EngineBridge, model: str, group: asyncio.TaskGroup
+        self,
+        queue: WorkQueue,
+        store: RequestStore,
+        service: Service,
+        bridge: EngineBridge,
+        model: str,
+        group: asyncio.TaskGroup,
     ) -> None:
         """Claim what fits, and only while this worker is to take work."""
         while self._state != "draining":
@@ -162,19 +172,33 @@ class Worker:
                 continue
             for item in items:
                 self._claimed.add(item[:2])
-                handler = group.create_task(self._handle(service, item))
+                handler = group.create_task(self._handle(service, store, item))
                 self._handlers.add(handler)
                 handler.add_done_callback(self._handlers.discard)
 
-    async def _handle(self, service: Service, item: WorkItem) -> None:
-        """An entry whose handling fails stays pending; the sweep brings its request back."""
+    async def _handle(self, service: Service, store: RequestStore, item: WorkItem) -> None:
+        """Serve one entry. Cut off by Redis, it stays pending and is swept back; any other failure counts as a death.
+
+        A request that fails wherever it goes thus ends with an error after a few tries, and takes no worker with it.
+        """
+        request_id = item[2].get("id", "")
         try:
             await service.handle(item)
             self._requests_done += 1
-        except (RedisError, OSError) as error:
-            log.warning("handling_interrupted", error=type(error).__name__, request_id=item[2].get("id", ""))
+        except* (RedisError, OSError) as group:
+            log.warning("handling_interrupted", error=type(flatten(group)[0]).__name__, request_id=request_id)
+        except* Exception as group:
+            log.error("handling_failed", request_id=request_id, exc_info=flatten(group)[0])
+            await self._strike(store, item)
         finally:
             self._claimed.discard(item[:2])
+
+    async def _strike(self, store: RequestStore, item: WorkItem) -> None:
+        stream, entry, fields = item
+        try:
+            await store.sweep(stream, entry, fields.get("id", ""), counted=True)
+        except (RedisError, OSError) as error:
+            log.warning("handling_interrupted", error=type(error).__name__, request_id=fields.get("id", ""))
 
     async def _drain(self, service: Service, claiming: asyncio.Task[None]) -> None:
         self._state = "draining"

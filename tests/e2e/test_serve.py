@@ -156,10 +156,12 @@ def test_a_killed_worker_is_replaced(folder: Path, tiny_model: Path) -> None:
 
         serve.wait_for(replaced, "another decode worker")
         assert f"(pid {victim}) died; starting another" in serve.text
-        answer = subprocess.run(
-            ["/bin/sh", "-c", serve.curl_lines()[0]], capture_output=True, text=True, timeout=60, check=True
+        curl = ["/bin/sh", "-c", serve.curl_lines()[0]]
+        serve.wait_for(
+            lambda: "[DONE]" in subprocess.run(curl, capture_output=True, text=True, timeout=60, check=True).stdout,
+            "an answer from the new worker",
+            10,
         )
-        assert "[DONE]" in answer.stdout
 
 
 def test_sigkill_of_serve_takes_everything_with_it(folder: Path, tiny_model: Path) -> None:

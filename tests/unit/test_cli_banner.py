@@ -41,7 +41,9 @@ def row(text: str, name: str) -> str:
 
 
 def test_the_box_says_what_runs_and_what_it_can_take() -> None:
-    text = shown(PREFILL, DECODE, gateway={"port": 8123, "max_in_flight": 9, "max_queued": 10, "max_body_bytes": 1 << 20})
+    text = shown(
+        PREFILL, DECODE, gateway={"port": 8123, "max_in_flight": 9, "max_queued": 10, "max_body_bytes": 1 << 20}
+    )
     assert row(text, "URL") == "http://127.0.0.1:8123/v1"
     assert row(text, "Model") == "tiny on cpu, float32"
     assert row(text, "Workers").startswith("1 prefill, 1 decode")

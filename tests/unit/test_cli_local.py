@@ -66,7 +66,9 @@ def test_a_note_of_a_dead_process_is_ignored_and_replaced(folder: Path) -> None:
         assert find_bus("default") == URL
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"pid": 1}', '{"redis_url": "x"}', '{"redis_url": "x", "pid": "y"}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{", '{"pid": 1}', '{"redis_url": "x"}', '{"redis_url": "x", "pid": "y"}']
+)
 def test_a_note_that_cannot_be_read_is_no_note(folder: Path, content: str) -> None:
     write_note(folder, content)
     assert find_bus("default") == ""
@@ -112,6 +114,7 @@ def test_a_foreign_owner_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatc
     """The folder's name carries a user id; its owner has to be that user."""
     write_note(folder, json.dumps({"redis_url": "redis://attacker", "pid": os.getpid()}))
     assert find_bus("default") == "redis://attacker"
-    monkeypatch.setattr(os, "getuid", lambda uid=os.getuid() + 1: uid)
+    another = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: another)
     folder.rename(folder.with_name(f"slipstream-{os.getuid()}"))
     assert find_bus("default") == ""

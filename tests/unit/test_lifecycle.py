@@ -15,7 +15,9 @@ from shared.errors import ConfigurationError, SlipstreamError
 from shared.lifecycle import EXIT_FAILED, EXIT_OK, PARENT_VARIABLE, end_tasks, flatten, run_service
 
 WAIT_S = 15.0
-HEAD = "import asyncio, os, sys\nfrom shared.errors import ConfigurationError\nfrom shared.lifecycle import run_service\n"
+HEAD = (
+    "import asyncio, os, sys\nfrom shared.errors import ConfigurationError\nfrom shared.lifecycle import run_service\n"
+)
 
 
 def start(program: str, **environment: str) -> subprocess.Popen[str]:
@@ -187,7 +189,8 @@ sys.exit(run_service(main))
 
 PARENT = f"""
 import subprocess
-child = subprocess.Popen([sys.executable, "-c", {HEAD + CHILD!r}], env=os.environ | {{"{PARENT_VARIABLE}": str(os.getpid())}})
+variables = os.environ | {{"{PARENT_VARIABLE}": str(os.getpid())}}
+child = subprocess.Popen([sys.executable, "-c", {HEAD + CHILD!r}], env=variables)
 child.wait()
 """
 

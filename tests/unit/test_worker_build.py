@@ -132,7 +132,7 @@ def test_without_batch_invariance_nothing_is_promised(source: ModelSource) -> No
 
 
 def test_numerics_tell_kv_dtypes_and_padding_apart(source: ModelSource) -> None:
-    ways = [{}, {"kv_cache_dtype": "bfloat16"}, {"batch_invariant": False}]
+    ways: list[dict[str, object]] = [{}, {"kv_cache_dtype": "bfloat16"}, {"batch_invariant": False}]
     assert len({build_small(source, **way).numerics for way in ways}) == 3
     assert build_small(source).numerics == build_small(source).numerics
 
