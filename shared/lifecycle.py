@@ -69,6 +69,16 @@ async def end_tasks(tasks: Iterable[asyncio.Task[None]]) -> None:
         _, pending = await asyncio.wait(pending, timeout=_CANCEL_AGAIN_S)
 
 
+def heed_cancellation() -> None:
+    """Raise a cancellation of this task that a client library swallowed.
+
+    For endless loops inside a task group: a group passes a cancellation on only once, so `end_tasks` cannot help there.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
 def print_tasks() -> None:
     """SIGUSR1: where every task waits, on standard error; for a process that does not do what it should."""
     for task in asyncio.all_tasks():

@@ -13,6 +13,7 @@ from shared.bus.requests import RequestStore
 from shared.bus.results import Append, Appended, AppendResult, Behind, Cancelled, Touched
 from shared.engine.engine import Output, Sampled
 from shared.engine.sequence import Sequence
+from shared.lifecycle import heed_cancellation
 from shared.worker.bridge import EngineBridge
 
 log = structlog.get_logger()
@@ -44,6 +45,7 @@ class Journaler:
         while True:
             steps = await self._bridge.outputs()
             await self._journal(self._collect(steps))
+            heed_cancellation()
 
     async def keep_touching(self) -> None:
         """Refresh the lease of every request each second and hear of those that were cancelled or taken away."""
@@ -55,6 +57,8 @@ class Journaler:
             except (RedisError, OSError) as error:
                 log.warning("touch_failed", error=type(error).__name__)
                 continue
+            finally:
+                heed_cancellation()
             for request, result in zip(requests, touched, strict=True):
                 self._heed(request, result)
 

@@ -27,7 +27,7 @@ from shared.bus.results import Appended, Begun, Refused
 from shared.bus.workqueue import WorkItem
 from shared.engine.engine import Engine, Output
 from shared.engine.sequence import Sequence
-from shared.lifecycle import end_tasks
+from shared.lifecycle import end_tasks, heed_cancellation
 from shared.protocol.journal import JournalState, fold
 from shared.protocol.messages import PATH_PREFILL_ONLY, Job, Tokens, Usage
 from shared.transfer.base import OUTCOME_ACKED, ExportKey
@@ -253,6 +253,7 @@ class PrefillService:
         while True:
             await asyncio.sleep(TOUCH_INTERVAL_S)
             touched = await self._context.store.touch(handling.lease)
+            heed_cancellation()
             if not touched.owner or touched.cancel:
                 if handling.export.num_readers:
                     continue  # the decode worker has committed and is about to acknowledge

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from shared.errors import ConfigurationError, SlipstreamError
-from shared.lifecycle import EXIT_FAILED, EXIT_OK, PARENT_VARIABLE, end_tasks, flatten, run_service
+from shared.lifecycle import EXIT_FAILED, EXIT_OK, PARENT_VARIABLE, end_tasks, flatten, heed_cancellation, run_service
 
 WAIT_S = 15.0
 HEAD = (
@@ -92,6 +92,31 @@ async def test_ended_tasks_and_no_tasks_are_fine() -> None:
     await end_tasks([task])
     await end_tasks([])
     assert not task.cancelled()
+
+
+async def test_a_loop_in_a_task_group_heeds_a_cancellation_that_was_swallowed() -> None:
+    """A group cancels its children once; cancelling the group again does not reach them."""
+    turns: list[int] = []
+
+    async def loop() -> None:
+        while True:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                turns.append(len(turns))
+            heed_cancellation()
+
+    async def service() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(loop())
+
+    task = asyncio.create_task(service())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    async with asyncio.timeout(WAIT_S):
+        await end_tasks([task])
+    assert turns == [0]
+    heed_cancellation()  # of a task that nobody cancels: nothing happens
 
 
 # --- exit status ------------------------------------------------------------------------------------------------------
