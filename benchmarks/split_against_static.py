@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-STREAMS = {1: 4, 8: 16, 32: 64}
+STREAMS = {1: 4, 8: 16, 32: 32}
 """Streams at once, and requests measured."""
 
 PROMPT_LEN, OUTPUT_LEN = 64, 128

@@ -215,8 +215,9 @@ async def test_a_prefill_worker_that_drains_hands_its_prompts_back(
         redis_url, deployment, model, prefill=2, redis=FAST, engine=engine, drain_timeout_s=0.05
     ) as bench:
         jobs = [await bench.submit(prompt, **SAMPLED) for prompt in prompts]
-        leaving = next(running for running in bench.running if running.worker_id.startswith("prefill"))
-        await bench.until(lambda: bench.services[leaving.worker_id].in_flight > 0)
+        await bench.until(lambda: any(service.in_flight for service in bench.prefill))
+        busy = next(service for service in bench.prefill if service.in_flight)
+        leaving = next(running for running in bench.running if bench.services[running.worker_id] is busy)
         leaving.stop.set()
         states = [await bench.ended(job) for job in jobs]
         assert [state.choices[0].tokens for state in states] == expected
