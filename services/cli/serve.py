@@ -47,7 +47,7 @@ _KILL_GRACE_S = 10.0
 
 @dataclass(slots=True, eq=False)
 class Child:
-    """One process of the cluster; `died` counts deaths shortly after a start."""
+    """One process of the cluster; `fast_deaths` counts deaths shortly after a start."""
 
     role: str
     process: asyncio.subprocess.Process | None = None

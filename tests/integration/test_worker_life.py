@@ -18,7 +18,7 @@ from tests.tiny_model import NAME, VOCAB, write_tiny_model
 
 SAMPLED: dict[str, Any] = {"temperature": 1.0, "seed": 77}
 PROMPT = [(11 * i) % (VOCAB - 4) + 3 for i in range(40)]
-FAST: dict[str, Any] = {"heartbeat_s": 0.1, "heartbeat_ttl_s": 1.0}
+FAST: dict[str, Any] = {"heartbeat_s": 0.2, "heartbeat_ttl_s": 2.0}
 WAIT_S = 30.0
 
 

@@ -182,7 +182,7 @@ def test_every_make_and_slipstream_command_in_the_docs_exists() -> None:
 
 def test_every_flag_and_variable_named_in_the_docs_exists() -> None:
     known_flags = {flag for command in COMMANDS.values() for flag in flags_of(command)}
-    foreign = {"--help", "--build", "--scale"}
+    foreign = {"--help", "--build", "--scale", "--out", "--network", "--init", "--rounds"}
     known_variables = {variable_name(path) for path in setting_paths()} | {"SLIPSTREAM_API_KEY"}
     for path in markdown_files():
         text = code(path.read_text(encoding="utf-8"))
