@@ -7,7 +7,7 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 
 import structlog
 import uvloop
@@ -24,7 +24,6 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 
 _PR_SET_PDEATHSIG = 1
-_CANCEL_AGAIN_S = 0.5
 
 
 def run_service(main: Callable[[asyncio.Event], Coroutine[None, None, None]]) -> int:
@@ -58,25 +57,6 @@ async def _supervised(main: Callable[[asyncio.Event], Coroutine[None, None, None
         loop.add_signal_handler(number, on_signal, number)
     loop.add_signal_handler(signal.SIGUSR1, print_tasks)
     await main(stop)
-
-
-async def end_tasks(tasks: Iterable[asyncio.Task[None]]) -> None:
-    """Cancel tasks until they have ended: a client library may swallow a cancellation while it tidies a connection."""
-    pending = set(tasks)
-    while pending:
-        for task in pending:
-            task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=_CANCEL_AGAIN_S)
-
-
-def heed_cancellation() -> None:
-    """Raise a cancellation of this task that a client library swallowed.
-
-    For endless loops inside a task group: a group passes a cancellation on only once, so `end_tasks` cannot help there.
-    """
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError
 
 
 def print_tasks() -> None:

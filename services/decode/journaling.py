@@ -13,7 +13,7 @@ from shared.bus.requests import RequestStore
 from shared.bus.results import Append, Appended, AppendResult, Behind, Cancelled, Touched
 from shared.engine.engine import Output, Sampled
 from shared.engine.sequence import Sequence
-from shared.lifecycle import heed_cancellation
+from shared.tasks import heed_cancellation
 from shared.worker.bridge import EngineBridge
 
 log = structlog.get_logger()

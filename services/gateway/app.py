@@ -40,6 +40,7 @@ from shared.config import Settings
 from shared.errors import ConfigurationError
 from shared.model.source import ModelSource, resolve
 from shared.protocol.keys import Keys
+from shared.tasks import end_tasks
 from shared.tokenizer.codec import TextCodec
 from shared.tokenizer.loader import load_tokenizer
 
@@ -182,8 +183,7 @@ async def _background(cluster: ClusterView) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await end_tasks([task])
 
 
 def _read_template(setting: str) -> str | None:

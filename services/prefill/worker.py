@@ -27,9 +27,9 @@ from shared.bus.results import Appended, Begun, Refused
 from shared.bus.workqueue import WorkItem
 from shared.engine.engine import Engine, Output
 from shared.engine.sequence import Sequence
-from shared.lifecycle import end_tasks, heed_cancellation
 from shared.protocol.journal import JournalState, fold
 from shared.protocol.messages import PATH_PREFILL_ONLY, Job, Tokens, Usage
+from shared.tasks import end_tasks, heed_cancellation
 from shared.transfer.base import OUTCOME_ACKED, ExportKey
 from shared.transfer.exporter import Export, Exporter
 from shared.worker.context import WorkerContext

@@ -28,6 +28,7 @@ from shared.bus.requests import RequestStore
 from shared.bus.results import CANCEL_GONE, Conflict, Polled
 from shared.errors import BusUnavailable, ProtocolError
 from shared.protocol.messages import OUTCOME_CANCELLED, OUTCOME_ERROR, End, Job, Tokens
+from shared.tasks import end_tasks
 
 SILENCE_S = 2.0
 PATIENCE_S = 60.0
@@ -180,10 +181,7 @@ class RequestStreams:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        tasks = [*self._loops.tasks, *self._loops.recoveries]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks([*self._loops.tasks, *self._loops.recoveries])
         await self._feed.aclose()
         for handle in self._handles.values():
             handle._end(OUTCOME_ERROR, "gateway_stopped", "The gateway stopped.")

@@ -29,10 +29,11 @@ from shared.bus.sweeper import InFlight, Sweeper
 from shared.bus.workqueue import WorkItem, WorkQueue
 from shared.config import Settings
 from shared.errors import EngineError
-from shared.lifecycle import end_tasks, flatten
+from shared.lifecycle import flatten
 from shared.model.source import ModelSource, resolve
 from shared.protocol.keys import ROLES, Keys
 from shared.protocol.messages import WorkerBeat
+from shared.tasks import end_tasks
 from shared.worker.bridge import EngineBridge
 from shared.worker.build import BuiltEngine, build_engine
 from shared.worker.context import Service, WorkerContext

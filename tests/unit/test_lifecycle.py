@@ -12,7 +12,8 @@ import time
 import pytest
 
 from shared.errors import ConfigurationError, SlipstreamError
-from shared.lifecycle import EXIT_FAILED, EXIT_OK, PARENT_VARIABLE, end_tasks, flatten, heed_cancellation, run_service
+from shared.lifecycle import EXIT_FAILED, EXIT_OK, PARENT_VARIABLE, flatten, run_service
+from shared.tasks import end_tasks, heed_cancellation
 
 WAIT_S = 15.0
 HEAD = (
@@ -65,7 +66,7 @@ async def test_tasks_are_cancelled_and_waited_for() -> None:
 
 
 async def test_a_task_that_swallows_one_cancellation_is_cancelled_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shared.lifecycle._CANCEL_AGAIN_S", 0.01)
+    monkeypatch.setattr("shared.tasks._CANCEL_AGAIN_S", 0.01)
     swallowed: list[bool] = []
 
     async def stubborn() -> None:
