@@ -45,7 +45,7 @@ _RECHECK_OFFER_S = 2.0
 
 @dataclass(slots=True)
 class Counters:
-    """What happened here since the start, for heartbeats and metrics."""
+    """How requests arrived here since the start; the gateway's metrics tell the same from each request's usage."""
 
     remote: int = 0
     recomputed: dict[str, int] = field(default_factory=dict)

@@ -57,7 +57,6 @@ class Handling:
     export: Export
     outputs: asyncio.Queue[Output] = field(default_factory=asyncio.Queue)
     offered: bool = False
-    offer_again: bool = False
 
 
 class PrefillService:

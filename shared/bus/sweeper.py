@@ -33,7 +33,7 @@ _log = structlog.get_logger()
 
 @dataclass(slots=True)
 class SweepCounters:
-    """Plain counts for the metrics page."""
+    """Plain counts since the start; nothing exports them yet."""
 
     dead_workers: int = 0
     requests: int = 0

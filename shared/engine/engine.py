@@ -72,7 +72,7 @@ class Reservation:
 
 
 class Engine:
-    """Schedules, runs and commits; every method is to be called on the one engine thread."""
+    """Schedules, runs and commits; all methods but `load` are to be called on the one engine thread."""
 
     def __init__(self, runner: ModelRunner, limits: SchedulerLimits, *, prefix_caching: bool = True) -> None:
         self._runner = runner
@@ -93,6 +93,7 @@ class Engine:
         return self.scheduler.has_work
 
     def load(self) -> Load:
+        """Counts for heartbeats. From another thread they may be of two neighbouring steps, which does no harm."""
         scheduler, blocks = self.scheduler, self.blocks
         return Load(
             running=len(scheduler.running),
