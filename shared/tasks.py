@@ -1,7 +1,8 @@
 """Ending background tasks for sure.
 
-On Python below 3.11.3 (Debian 12's own) the Redis client's timeouts can swallow a cancellation that arrives while a
-connection is tidied up; the task then goes on as if nothing had happened.
+On Python 3.11 the Redis client can swallow a cancellation: it sends commands under `asyncio.wait_for`, which forgets a
+cancellation that arrives just as the bytes are out, and below 3.11.3 (Debian 12's own) its timeouts do so too while a
+connection is tidied up. The task then goes on as if nothing had happened.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
-from redis.exceptions import AuthenticationError, RedisError
+from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
 from shared.errors import BusUnavailable, ConfigurationError
 
@@ -50,6 +50,9 @@ def _client(url: str, timeout: float, retry: Retry) -> Redis:
             protocol=2,
             legacy_responses=False,
             decode_responses=False,
+            # Else the library introduces itself before it looks at the reply to a health check, and where the server
+            # asks for a password that the URL lacks, connecting and checking call each other without end.
+            driver_info=None,
             **keepalive,
         )
     except ValueError as error:
@@ -65,9 +68,13 @@ async def check(client: Redis) -> str:
     """Ask for the server's version and check it; answers "Valkey 9.1.2" or "Redis 7.0.15"."""
     try:
         info = await client.info("server")
+    except NoPermissionError:
+        raise ConfigurationError(
+            "the user in SLIPSTREAM_REDIS__URL may not run INFO; give it the rights listed in docker-compose.yml"
+        ) from None
     except (RedisError, OSError) as error:
         if _is_refused(error):
-            raise ConfigurationError("Redis refused the password; set it in SLIPSTREAM_REDIS__URL") from None
+            raise ConfigurationError("Redis refused user or password; set them in SLIPSTREAM_REDIS__URL") from None
         raise BusUnavailable(
             f"Redis cannot be reached ({type(error).__name__}); is SLIPSTREAM_REDIS__URL right?"
         ) from None

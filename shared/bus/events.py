@@ -98,6 +98,6 @@ def _decoded(data: bytes) -> list[Published]:
 
 def _published(item: Any) -> Published:
     request_id, epoch, ev, kind, blob = item
-    if type(epoch) is not int or type(ev) is not int:
-        raise ProtocolError("a publication's id is not two integers")
+    if type(request_id) is not bytes or type(epoch) is not int or type(ev) is not int:
+        raise ProtocolError("a publication does not begin with a request id and two integers")
     return request_id.decode(), JournalEntry(epoch, ev, decode_event(kind, blob))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 import structlog
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
 from shared.bus.connection import as_text
 from shared.errors import ProtocolError
@@ -42,20 +44,24 @@ class Registry:
 
     async def live(self) -> list[WorkerBeat]:
         """Beats of all live workers, by role and id. A beat that cannot be read is logged and left out."""
-        ids = sorted(as_text(member) for member in await self._client.smembers(self._keys.workers))
-        if not ids:
-            return []
-        values = await self._client.mget([self._keys.worker(worker_id) for worker_id in ids])
-        expired = [worker_id for worker_id, value in zip(ids, values, strict=True) if value is None]
-        if expired:
-            await self._client.srem(self._keys.workers, *expired)
-        return sorted(_decoded(value for value in values if value is not None), key=lambda b: (b.role, b.worker_id))
+        values = (await self._members(self._keys.workers, self._keys.worker)).values()
+        return sorted(_decoded(values), key=lambda b: (b.role, b.worker_id))
 
     async def beat_gateway(self, gateway_id: str) -> None:
-        await self._client.set(self._keys.gateway(gateway_id), b"1", px=self.beat_ttl_ms)
+        async with self._client.pipeline(transaction=False) as pipe:
+            pipe.set(self._keys.gateway(gateway_id), b"1", px=self.beat_ttl_ms)
+            pipe.sadd(self._keys.gateways, gateway_id)
+            await pipe.execute()
 
     async def leave_gateway(self, gateway_id: str) -> None:
-        await self._client.delete(self._keys.gateway(gateway_id))
+        async with self._client.pipeline(transaction=False) as pipe:
+            pipe.delete(self._keys.gateway(gateway_id))
+            pipe.srem(self._keys.gateways, gateway_id)
+            await pipe.execute()
+
+    async def live_gateways(self) -> set[str]:
+        """Ids of the gateways that share the workers now."""
+        return set(await self._members(self._keys.gateways, self._keys.gateway))
 
     async def dead_workers(self, worker_ids: Iterable[str]) -> set[str]:
         """Those of `worker_ids` that have no heartbeat."""
@@ -63,6 +69,18 @@ class Registry:
 
     async def dead_gateways(self, gateway_ids: Iterable[str]) -> set[str]:
         return await self._missing({gateway_id: self._keys.gateway(gateway_id) for gateway_id in gateway_ids})
+
+    async def _members(self, list_key: str, beat_key: Callable[[str], str]) -> dict[str, bytes | str]:
+        """Heartbeats of the ids in a set; an id whose heartbeat expired is taken off, unless writes are refused."""
+        ids = sorted(as_text(member) for member in await self._client.smembers(list_key))
+        if not ids:
+            return {}
+        values = dict(zip(ids, await self._client.mget([beat_key(member) for member in ids]), strict=True))
+        expired = [member for member, value in values.items() if value is None]
+        if expired:
+            with suppress(ResponseError):
+                await self._client.srem(list_key, *expired)
+        return {member: value for member, value in values.items() if value is not None}
 
     async def _missing(self, names: dict[str, str]) -> set[str]:
         if not names:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgpack
@@ -50,7 +51,8 @@ from shared.protocol.messages import (
 
 LIVE_TTL_MS = 300_000
 DONE_TTL_MS = 60_000
-MAX_DEATHS = 3
+MAX_DEATHS = 2
+MAX_KILLS = 8
 MAX_BOUNCES = 5
 APPENDS_A_CALL = 64
 
@@ -71,6 +73,7 @@ class RequestStore:
         live_ttl_ms: int = LIVE_TTL_MS,
         done_ttl_ms: int = DONE_TTL_MS,
         max_deaths: int = MAX_DEATHS,
+        max_kills: int = MAX_KILLS,
     ) -> None:
         self.keys = keys
         self.scripts = {name: Script(name) for name in SCRIPTS}
@@ -78,6 +81,7 @@ class RequestStore:
         self._live_ttl_ms = live_ttl_ms
         self._done_ttl_ms = done_ttl_ms
         self._max_deaths = max_deaths
+        self._max_kills = max_kills
 
     async def submit(
         self,
@@ -95,7 +99,7 @@ class RequestStore:
         channel = self.keys.tokens(job.gateway)
         fixed: list[Arg] = [
             *(encode(job), job.gateway, channel, job.prefill_stream, job.decode_stream, job.params.n),
-            *(job.budget_ms, self._live_ttl_ms, self._done_ttl_ms, secrets.token_hex(8)),
+            *(job.budget_ms, self._live_ttl_ms, self._done_ttl_ms, secrets.token_hex(8), len(job.prompt_ids)),
         ]
         reply = await self._run("submit", job.request_id, [*fixed, *_contents(tokens, finished or {}, emax)])
         if reply[0] == b"submitted":
@@ -142,11 +146,14 @@ class RequestStore:
             deaths,
         )
 
-    async def touch(self, lease: Lease) -> Touched:
-        """Keep the request alive and ask whether it is still this worker's."""
-        reply = await self._run("touch", lease.request_id, [lease.epoch, lease.owner])
-        owner, cancel, offer_live, remaining = reply
-        return Touched(owner == 1, cancel == 1, offer_live == 1, _remaining(remaining))
+    async def touch(self, lease: Lease, *, computed: bool = False) -> Touched:
+        """Keep the request alive and ask whether it is still this worker's, and whose events it makes.
+
+        `computed`: prefill is through the whole prompt; a death from here on is not the prompt's doing.
+        """
+        reply = await self._run("touch", lease.request_id, [lease.epoch, lease.owner, int(computed)])
+        owner, cancel, offer_live, remaining, gateway = reply
+        return Touched(owner == 1, cancel == 1, offer_live == 1, _remaining(remaining), gateway.decode())
 
     async def append(self, appends: Sequence[Append]) -> list[AppendResult]:
         """Journal and publish new tokens of many requests in one round trip; results in the same order.
@@ -182,7 +189,14 @@ class RequestStore:
 
     async def sweep(self, stream: str, entry_id: str, request_id: str, counted: bool) -> str:
         """Bring back what an entry stands for, after its holder died (`counted`) or let go; SWEPT_*."""
-        args: list[Arg] = [stream, entry_id, int(counted), self._max_deaths, MAX_BOUNCES]
+        return await self._sweep(stream, entry_id, request_id, "died" if counted else "let_go")
+
+    async def strike(self, stream: str, entry_id: str, request_id: str) -> str:
+        """Give back a request that this worker could not handle, though it lives; counts as a death. SWEPT_*."""
+        return await self._sweep(stream, entry_id, request_id, "failed")
+
+    async def _sweep(self, stream: str, entry_id: str, request_id: str, why: str) -> str:
+        args: list[Arg] = [stream, entry_id, why, self._max_deaths, self._max_kills, MAX_BOUNCES]
         reply = await self._run("sweep", request_id, args, self.keys.dead)
         return str(reply.decode())
 
@@ -235,11 +249,17 @@ class RequestStore:
         reply = await self._run("poll", request_id, [gateway, after])
         return _polled(reply)
 
-    async def adopt(self, request_id: str, gateway: str) -> tuple[Job, Polled] | None:
-        """Make `gateway` the one the request's events go to; None: it is gone."""
-        reply = await self._run("adopt", request_id, [gateway, self.keys.tokens(gateway)])
+    async def adopt(self, request_id: str, gateway: str, held_by: str = "") -> tuple[Job, Polled] | None:
+        """Make `gateway` the one the request's events go to, if `held_by` holds it now ("": whoever); None: it is gone.
+
+        The job's budget is what is left of it.
+        """
+        reply = await self._run("adopt", request_id, [gateway, self.keys.tokens(gateway), held_by])
         polled = _polled(reply)
-        return None if polled is None else (decode(Job, reply[5]), polled)
+        if polled is None:
+            return None
+        job, left = decode(Job, reply[6]), _remaining(reply[7])
+        return (job if left is None else replace(job, budget_ms=max(1, left))), polled
 
     async def _run(self, name: str, request_id: str, args: Sequence[Arg], *more_keys: str) -> Any:
         keys = (self.keys.request(request_id), self.keys.log(request_id), *more_keys)
@@ -302,7 +322,7 @@ def _entry(item: Any) -> JournalEntry:
         epoch, _, ev = item[0].decode().partition("-")
         _, kind, _, blob = item[1]
         return JournalEntry(int(epoch), int(ev), decode_event(kind, blob))
-    except (ValueError, TypeError, IndexError) as error:
+    except (ValueError, TypeError, IndexError, AttributeError) as error:
         raise ProtocolError(f"a journal entry has not the shape expected: {type(error).__name__}") from None
 
 
@@ -313,7 +333,7 @@ def _remaining(value: int) -> int | None:
 def _polled(reply: Any) -> Polled | None:
     if reply[0] == CANCEL_GONE.encode():
         return None
-    return Polled(reply[1].decode(), reply[2], reply[3].decode(), _entries(reply[4]))
+    return Polled(reply[1].decode(), reply[2], reply[3].decode(), _entries(reply[4]), reply[5] == 1)
 
 
 __all__ = ["Append", "Lease", "RequestStore"]

@@ -84,12 +84,16 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Touched:
-    """`owner` False: release everything. `offer_live` False: offer again. `cancel`: it just ended."""
+    """`owner` False: release everything. `offer_live` False: offer again. `cancel`: it just ended.
+
+    `gateway` holds the request now; it is another than the one that submitted it after an adoption.
+    """
 
     owner: bool
     cancel: bool = False
     offer_live: bool = False
     remaining_ms: int | None = None
+    gateway: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +142,17 @@ class Committed:
 
 @dataclass(frozen=True, slots=True)
 class Polled:
-    """State of a request and the journal entries asked for."""
+    """State of a request and the journal entries asked for.
+
+    `gateway` holds the request now; `held_elsewhere`: another gateway than the caller is alive and holds it, or, after
+    an adoption, held it until then.
+    """
 
     state: str
     epoch: int
     gateway: str
     entries: tuple[JournalEntry, ...]
+    held_elsewhere: bool = False
 
 
 AppendResult = Appended | Behind | Refused | Cancelled

@@ -2,7 +2,9 @@
 
 Wrong suspicion is harmless, the scripts fence the suspect; it only costs a recomputation. So the
 sweep errs on the patient side: it judges only after one heartbeat TTL of healthy round trips of
-its own (else a pause of ours or of Redis looks like everybody's death) and after two misses.
+its own (else a pause of ours or of Redis looks like everybody's death) and after two misses. A round trip
+proves little: a Redis out of memory answers every PING and refuses every heartbeat. So whoever writes
+our heartbeat calls `disturbed` when that fails.
 """
 
 from __future__ import annotations
@@ -94,7 +96,7 @@ class Sweeper:
             await asyncio.sleep(INTERVAL_S)
 
     def disturbed(self) -> None:
-        """Call after a reconnect: judge nobody until healthy again, and look at our own entries soon."""
+        """After a failure or a standstill of ours: judge nobody until healthy again, look at our own entries soon."""
         self._healthy_since = None
         self._suspects.clear()
         self._own_checked = -OWN_EVERY_S

@@ -13,6 +13,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from shared.bus.connection import as_text
+from shared.bus.script import Script
 from shared.protocol.keys import GROUP
 
 PENDING_PAGE = 200
@@ -35,6 +36,7 @@ class WorkQueue:
         self._reader = reader
         self._commands = commands
         self._group = group
+        self._forget = Script("forget_consumer")
         self._ready = False
 
     async def ensure(self) -> None:
@@ -80,6 +82,15 @@ class WorkQueue:
             found += [(stream, *item) for item in await pending(self._commands, stream, self.consumer, self._group)]
         return found
 
+    async def leave(self) -> None:
+        """Take this consumer off the groups where it holds nothing any more."""
+        for stream in self.streams:
+            try:
+                await self._forget(self._commands, [stream], [self.consumer])
+            except ResponseError as error:
+                if not _is_group_lost(error):
+                    raise
+
     async def refresh_private(self, streams: Sequence[str], ttl_ms: int) -> None:
         """Let streams that only this worker reads expire soon after its death."""
         async with self._commands.pipeline(transaction=False) as pipe:
@@ -115,7 +126,7 @@ async def pending(client: Redis, stream: str, consumer: str, group: str = GROUP)
 
 
 def _is_group_lost(error: ResponseError) -> bool:
-    return str(error).startswith(("NOGROUP", "UNBLOCKED"))
+    return "NOGROUP" in str(error) or str(error).startswith("UNBLOCKED")
 
 
 def _items(reply: Any) -> list[tuple[bytes, list[Any]]]:

@@ -41,6 +41,8 @@ MAX_TEXT = 2048
 MAX_ADDRESSES = 16
 MAX_INT = (1 << 53) - 1
 MAX_SEED = (1 << 64) - 1
+_OLD_BEAT_FIELDS = 19
+"""A beat without `max_num_seqs`, as a worker of the release before sends it."""
 
 Message = Job | Marker | Tokens | End | WorkerBeat
 M = TypeVar("M", Job, Marker, Tokens, End, WorkerBeat, Usage)
@@ -341,16 +343,18 @@ def _pack_beat(b: WorkerBeat) -> list[Any]:
         int(b.equal_tokens),
     )
     rates = (float(b.progress), float(b.tokens_per_second))
-    return ["W", PROTOCOL_VERSION, *names, *counts, *rates, b.addresses]
+    return ["W", PROTOCOL_VERSION, *names, *counts, *rates, b.addresses, b.max_num_seqs]
 
 
 def _unpack_beat(items: list[Any]) -> WorkerBeat:
-    f = _Fields(items, "WorkerBeat", 19)
+    says_room = len(items) > _OLD_BEAT_FIELDS
+    f = _Fields(items, "WorkerBeat", _OLD_BEAT_FIELDS + says_room)
     worker_id, role, state, model = f.text(), f.word("prefill", "decode"), f.text(), f.text()
     numerics, layout, version, host = f.text(), f.text(), f.text(), f.text()
     running, waiting, kv_tokens, used, longest, done, pid, equal = (f.integer() for _ in range(8))
     progress, rate = f.number(), f.number()
     pairs = [_Fields(item, "an address", 2) for item in f.array(MAX_ADDRESSES)]
+    max_num_seqs = f.integer() if says_room else 0
     return WorkerBeat(
         worker_id=worker_id,
         role=role,
@@ -371,6 +375,7 @@ def _unpack_beat(items: list[Any]) -> WorkerBeat:
         version=version,
         host=host,
         equal_tokens=bool(equal),
+        max_num_seqs=max_num_seqs,
     )
 
 

@@ -59,6 +59,14 @@ class Keys:
         """The journal of a request."""
         return f"{self.prefix}log:{_checked(request_id)}"
 
+    def response(self, response_id: str) -> str:
+        """What another gateway needs to continue the text of an answer."""
+        return f"{self.prefix}resp:{_checked(response_id)}"
+
+    def idempotency(self, digest: str) -> str:
+        """The answer that an idempotency key of a client stands for; `digest` names key and client."""
+        return f"{self.prefix}idem:{_checked(digest)}"
+
     def tokens(self, gateway_id: str) -> str:
         """Pub/sub channel of one gateway."""
         return f"{self.prefix}tokens:{_checked(gateway_id)}"
@@ -69,10 +77,19 @@ class Keys:
     def worker(self, worker_id: str) -> str:
         return f"{self.prefix}worker:{_checked(worker_id)}"
 
+    def drain(self, process_id: str) -> str:
+        """There while the worker or gateway of that id is told to drain."""
+        return f"{self.prefix}drain:{_checked(process_id)}"
+
     @property
     def workers(self) -> str:
         """Set of worker ids that ever sent a beat and were not yet forgotten."""
         return f"{self.prefix}workers"
+
+    @property
+    def gateways(self) -> str:
+        """Set of gateway ids that ever sent a beat and were not yet forgotten."""
+        return f"{self.prefix}gateways"
 
     @property
     def dead(self) -> str:

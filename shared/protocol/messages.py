@@ -129,9 +129,10 @@ class JournalEntry:
 class WorkerBeat:
     """A worker's heartbeat: who it is, what it can do, how loaded it is.
 
-    `state` is "loading" | "probing" | "ready" | "draining". `kv_tokens` is the whole KV room in
-    tokens, `max_request_tokens` the longest request (prompt + output) it can ever hold. `equal_tokens`: the start-up
-    probe found that a row's result does not depend on its neighbours, so equal requests give equal tokens.
+    `state` is "loading" | "probing" | "ready" | "stalled" | "draining". `kv_tokens` is the whole KV room in
+    tokens, `max_request_tokens` the longest request (prompt + output) it can ever hold, `max_num_seqs` how many
+    sequences it runs at once (0: it does not say). `equal_tokens`: the start-up probe found that a row's result does
+    not depend on its neighbours, so equal requests give equal tokens.
     `addresses` maps a transport's name to where a peer reaches this worker by it.
     """
 
@@ -154,3 +155,4 @@ class WorkerBeat:
     version: str = ""
     host: str = ""
     equal_tokens: bool = False
+    max_num_seqs: int = 0

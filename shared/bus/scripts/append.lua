@@ -10,9 +10,14 @@ local function append(key, log, a)
     r.usage = usage
     redis.call('HSET', key, 'usage', usage)
   end
+  local before = r.ev
   local code, n, h = extend(r, ARGV[a + 3], tonumber(ARGV[a + 4]), ARGV[a + 5], ARGV[a + 6], tonumber(ARGV[a + 7]),
     ARGV[a + 8], ARGV[a + 9])
   if code == REFUSED then return REFUSED end
+  if r.ev > before and tonumber(ARGV[a + 7]) > 0 then
+    note_computed(r)
+    if r.state == 'decode' then acquit(r) end
+  end
   if r.left == 0 then
     term(r, 'finished', '', '', -1)
     return DONE

@@ -11,6 +11,6 @@ if not repeated then
     return {'ended'}
   end
   if not raise(r) then return {'stale'} end
-  redis.call('HSET', r.key, 'owner', owner, 'state', 'prefill')
+  redis.call('HSET', r.key, 'owner', owner, 'state', 'prefill', 'computed', '')
 end
 return {'begun', r.epoch, remaining(r), r.deaths, redis.call('HGET', r.key, 'job'), redis.call('XRANGE', r.log, '-', '+')}

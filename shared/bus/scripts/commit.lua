@@ -35,6 +35,7 @@ if r.left == 0 then
 end
 drop(r.stream, r.entry)
 redis.call('HSET', r.key, 'state', 'decode', 'owner', owner, 'stream', stream, 'entry', id, 'offer', '', 'address', '')
+if r.died == 'prefill' then acquit(r) end
 refresh(r)
 flush()
 return {'committed'}

@@ -6,8 +6,9 @@
 local GROUP = 'workers'
 local DEAD_LENGTH = 1000
 local FIELDS = {'state', 'epoch', 'ev', 'owner', 'stream', 'entry', 'offer', 'address', 'ps', 'ds', 'nc', 'left',
-  'chan', 'gw', 'cancel', 'cout', 'ccode', 'cmsg', 'cupto', 'deadline', 'deaths', 'bounce', 'ttl', 'keep', 'usage'}
-local NUMBERS = {'epoch', 'ev', 'nc', 'left', 'cupto', 'deadline', 'deaths', 'bounce', 'ttl', 'keep'}
+  'chan', 'gw', 'cancel', 'cout', 'ccode', 'cmsg', 'cupto', 'deadline', 'deaths', 'kills', 'died', 'computed', 'bounce',
+  'ttl', 'keep', 'usage'}
+local NUMBERS = {'epoch', 'ev', 'nc', 'left', 'cupto', 'deadline', 'deaths', 'kills', 'bounce', 'ttl', 'keep'}
 
 local outbox = {}
 local clock = nil
@@ -44,6 +45,12 @@ end
 -- group's lag lie, and whoever gets it later finds it stale.
 local function drop(stream, id)
   if id ~= '' and redis.call('XACK', stream, GROUP, id) == 1 then redis.call('XDEL', stream, id) end
+end
+
+-- Whether a gateway other than this one holds the request and is alive; 1 or 0.
+local function is_held_elsewhere(r, gateway)
+  local prefix = string.match(r.key, '^(.-}:)req:')
+  return r.gw ~= gateway and redis.call('EXISTS', prefix .. 'gw:' .. r.gw) or 0
 end
 
 local function is_entry(r, stream, id) return r.entry == id and r.stream == stream end
@@ -105,19 +112,32 @@ end
 local function requeue(r)
   drop(r.stream, r.entry)
   drop(r.ds, r.offer)
-  local id = redis.call('XADD', r.ps, '*', 'id', r.id)
+  local id = redis.call('XADD', r.ps, '*', 'id', r.id, 'deaths', r.deaths)
   r.state, r.owner, r.stream, r.entry, r.offer, r.bounce = 'queued', '', r.ps, id, '', 0
   redis.call('HSET', r.key, 'state', 'queued', 'owner', '', 'stream', r.ps, 'entry', id, 'offer', '', 'address', '',
     'bounce', 0)
   return id
 end
 
--- TERM: the one terminal entry.
+-- The prompt is computed: what kills the worker from here on is not the prompt.
+local function note_computed(r)
+  if r.state == 'prefill' and r.computed == '' then redis.call('HSET', r.key, 'computed', '1') end
+end
+
+-- The request came further than where its worker died: it is no suspect any more.
+local function acquit(r)
+  if r.deaths > 0 then
+    r.deaths = 0
+    redis.call('HSET', r.key, 'deaths', 0)
+  end
+end
+
+-- TERM: the one terminal entry. False when the request is forgotten instead.
 local function term(r, outcome, code, message, upto)
   local usage = r.usage ~= '' and r.usage or '\144'
   local blob = '\151' .. cmsgpack.pack('E', 1, outcome, code, message, upto) .. usage
   r.ev = r.ev + 1
-  if not journal(r, 'E', blob) then return end
+  if not journal(r, 'E', blob) then return false end
   redis.call('HSET', r.key, 'ev', r.ev, 'state', 'done', 'owner', '', 'entry', '', 'offer', '', 'address', '')
   drop(r.stream, r.entry)
   drop(r.ds, r.offer)
@@ -125,6 +145,7 @@ local function term(r, outcome, code, message, upto)
   redis.call('PEXPIRE', r.log, r.keep)
   r.state, r.owner, r.entry, r.offer = 'done', '', '', ''
   emit(r, 'E', blob)
+  return true
 end
 
 -- End a request that was cancelled or ran out of time; true when it has ended.

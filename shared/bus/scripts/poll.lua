@@ -1,5 +1,7 @@
--- poll: keeps a request alive for its gateway, ends it when overdue, and reads its journal.
+-- poll: keeps a request alive for its gateway, ends it when overdue, and reads its journal. For anybody else it only
+--       reads.
 -- ARGV: gateway, id of the last entry known or ''
+-- Answers state, epoch, the gateway that holds it, the journal, and whether that is another one that is alive
 local r = load(KEYS[1], KEYS[2])
 if not r then return {'gone'} end
 if r.state ~= 'done' and r.gw == ARGV[1] then
@@ -8,4 +10,4 @@ if r.state ~= 'done' and r.gw == ARGV[1] then
 end
 flush()
 local from = ARGV[2] ~= '' and '(' .. ARGV[2] or '-'
-return {'live', r.state, r.epoch, r.gw, redis.call('XRANGE', r.log, from, '+')}
+return {'live', r.state, r.epoch, r.gw, redis.call('XRANGE', r.log, from, '+'), is_held_elsewhere(r, ARGV[1])}
