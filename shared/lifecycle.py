@@ -8,11 +8,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine
+from typing import NoReturn
 
 import structlog
 import uvloop
 
-from shared.errors import SlipstreamError
+from shared.errors import EngineError, SlipstreamError
 
 log = structlog.get_logger()
 
@@ -29,8 +30,8 @@ _PR_SET_PDEATHSIG = 1
 def run_service(main: Callable[[asyncio.Event], Coroutine[None, None, None]]) -> int:
     """Run `main(stop)` on uvloop until it returns; the exit status.
 
-    The first SIGTERM or SIGINT sets `stop` (drain); a second one ends the process at once. Expected errors become
-    one line, not a traceback.
+    The first SIGTERM or SIGINT sets `stop` (drain); a second one ends the process at once. `main` may set `stop`
+    itself; the first signal is then still a polite one. Expected errors become one line, not a traceback.
     """
     die_with_parent()
     status = EXIT_OK
@@ -48,15 +49,26 @@ async def _supervised(main: Callable[[asyncio.Event], Coroutine[None, None, None
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
+    signalled = False
+
     def on_signal(number: signal.Signals) -> None:
-        if stop.is_set():
+        nonlocal signalled
+        if signalled:
             os._exit(128 + number)
+        signalled = True
         stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
     loop.add_signal_handler(signal.SIGUSR1, print_tasks)
     await main(stop)
+
+
+def give_up(reason: str) -> NoReturn:
+    """End the process now, with status 1: a part of it hangs, and an orderly end would wait for that part."""
+    log.error("stopped", reason=reason, code=EngineError.code)
+    sys.stderr.flush()
+    os._exit(EXIT_FAILED)
 
 
 def print_tasks() -> None:

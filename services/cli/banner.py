@@ -33,12 +33,12 @@ def show_ready(console: Console, settings: Settings, beats: list[WorkerBeat]) ->
         ("KV room", f"{room} tokens on decode: {room // context} requests of full context, more when shorter"),
         ("Limits", _limits(settings)),
         ("Same tokens", _promise(ready)),
-        ("API key", "needed" if settings.key_values else "none set: anyone who reaches this address can use it"),
+        ("API key", "needed" if settings.asks_for_keys else "none set: anyone who reaches this address can use it"),
     ):
         grid.add_row(f"[bold]{name}[/bold]", escape(value))
     console.print(Panel(grid, title="Slipstream is ready", title_align="left", expand=False))
     console.print("Try it:", soft_wrap=True)
-    console.print(curl_line(url, decode[0].model, bool(settings.key_values)), soft_wrap=True, markup=False)
+    console.print(curl_line(url, decode[0].model, settings.asks_for_keys), soft_wrap=True, markup=False)
     console.print("Ctrl-C drains and stops everything.")
 
 

@@ -108,6 +108,46 @@ def ps(
 
 @app.command()
 @with_flags(*flags.COMMON)
+def dlq(
+    action: Annotated[str, typer.Argument(help="list or clear.")] = "list",
+    json_output: Json = False,
+    *,
+    overrides: dict[str, Any],
+) -> None:
+    """List requests that were given up because their workers kept dying, or forget them."""
+    from services.cli.dlq import ACTIONS, run_dlq
+
+    if action not in ACTIONS:
+        _fail(f"dlq knows {' and '.join(ACTIONS)}, not {action!r}")
+    settings = _settings(overrides, configure=False)
+    raise typer.Exit(_tell(lambda: asyncio.run(run_dlq(settings, action, as_json=json_output))))
+
+
+@app.command()
+@with_flags(*flags.COMMON)
+def drain(
+    ids: Annotated[list[str] | None, typer.Argument(help="Workers and gateways to drain.")] = None,
+    role: Annotated[str, typer.Option(help="All of prefill, decode or gateway.")] = "",
+    everything: Annotated[bool, typer.Option("--all", help="Every worker and gateway.")] = False,
+    rolling: Annotated[bool, typer.Option("--rolling", help="One at a time; wait for each one's successor.")] = False,
+    timeout: Annotated[float, typer.Option(min=1.0, help="Seconds one may take to leave, or to be replaced.")] = 120.0,
+    *,
+    overrides: dict[str, Any],
+) -> None:
+    """Have workers or gateways finish what they do and leave; returns when they have."""
+    from services.cli.drain import Selection, run_drain
+
+    settings = _settings(overrides, configure=False)
+    selection = Selection(tuple(ids or ()), role, everything)
+    try:
+        selection.check()
+    except ConfigurationError as error:
+        _fail(str(error))
+    raise typer.Exit(_tell(lambda: asyncio.run(run_drain(settings, selection, rolling=rolling, timeout_s=timeout))))
+
+
+@app.command()
+@with_flags(*flags.COMMON)
 def doctor(json_output: Json = False, *, overrides: dict[str, Any]) -> None:
     """Report what this machine has and what is missing, for an issue or for yourself."""
     from services.cli.doctor import run_doctor

@@ -11,12 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from services.cli.banner import connectable
-from shared.bus.connection import check as check_server
-from shared.bus.connection import connect
-from shared.bus.local import find_bus
+from services.cli.bus import deployment_bus
 from shared.bus.registry import Registry
 from shared.config import Settings
-from shared.errors import ConfigurationError
 from shared.protocol.keys import Keys
 from shared.protocol.messages import WorkerBeat
 
@@ -43,14 +40,7 @@ async def run_ps(settings: Settings, *, as_json: bool, check: str) -> int:
 
 
 async def _live(settings: Settings) -> list[WorkerBeat]:
-    url = settings.redis.url or find_bus(settings.deployment)
-    if not url:
-        raise ConfigurationError(
-            f"no `slipstream serve` of yours runs here as deployment {settings.deployment!r}; "
-            "for a cluster elsewhere set --redis-url or SLIPSTREAM_REDIS__URL"
-        )
-    async with connect(url) as client:
-        await check_server(client)
+    async with deployment_bus(settings) as client:
         return await Registry(client, Keys(settings.deployment)).live()
 
 

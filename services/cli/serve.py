@@ -1,8 +1,9 @@
 """`slipstream serve`: the whole topology on one machine, as separate processes, from one command.
 
 The embedded bus is started first (unless a Redis URL is set), then workers and gateway. While models load, progress
-comes from the workers' heartbeats. A worker that dies is started again; its requests were taken over meanwhile. Ctrl-C
-drains from the outside in: gateway, workers, bus.
+comes from the workers' heartbeats. A worker that dies is started again; its requests were taken over meanwhile. So is
+one that was told to drain and has left: `slipstream drain --all --rolling` renews all processes that way. Ctrl-C drains
+from the outside in: gateway, workers, bus.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from shared.bus.local import noted
 from shared.bus.registry import Registry
 from shared.config import Settings
 from shared.errors import ConfigurationError
-from shared.lifecycle import PARENT_VARIABLE
+from shared.lifecycle import EXIT_OK, PARENT_VARIABLE
 from shared.model.source import resolve
 from shared.protocol.keys import Keys
 from shared.protocol.messages import WorkerBeat
@@ -154,6 +155,10 @@ class Cluster:
         for child in self.children:
             process = child.process
             if process is None or process.returncode is None:
+                continue
+            if process.returncode == EXIT_OK:
+                self.console.print(f"The {child.role} process (pid {process.pid}) has drained; starting another.")
+                await self._start(child, variables)
                 continue
             lived = time.monotonic() - child.started
             child.fast_deaths = child.fast_deaths + 1 if lived < _FAST_S else 0

@@ -9,27 +9,36 @@ from shared.bus.results import Append, Lease
 from shared.engine.engine import Sampled
 from shared.engine.sequence import Sequence
 from shared.protocol.journal import JournalState
-from shared.protocol.messages import Job, Usage
+from shared.protocol.messages import Job, TokenLogprob, Usage
 from shared.worker.bridge import EngineBridge
 from shared.worker.jobs import events_from, tokens_event
+from shared.worker.probation import Start
 
 
 class DecodeRequest:
     """Owned by the handler that committed it; the journaler reads and advances `state`."""
 
-    def __init__(self, job: Job, lease: Lease, state: JournalState, usage: Usage, bridge: EngineBridge) -> None:
+    def __init__(
+        self, job: Job, lease: Lease, state: JournalState, usage: Usage, bridge: EngineBridge, start: Start
+    ) -> None:
         self.job = job
         self.lease = lease
         self.state = state
         self.sequences: list[Sequence] = []
         self.done: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.failure = ""
+        self.gateway = job.gateway
+        """The gateway that holds the request, as the last touch told."""
+        self._start = start
         self._usage = usage
         self._bridge = bridge
 
-    def append_of(self, samples: list[Sampled]) -> Append:
-        """The journal append for new consecutive samples of one choice; `state` then holds them."""
-        event = tokens_event(self.state, samples)
+    def append_of(self, samples: list[Sampled], prompt_logprobs: tuple[TokenLogprob | None, ...] = ()) -> Append:
+        """The journal append for new consecutive samples of one choice; `state` then holds them.
+
+        `prompt_logprobs` go with a first token that was sampled here, because the prefill worker did not get to it.
+        """
+        event = tokens_event(self.state, samples, prompt_logprobs)
         self.state.choices[event.choice].accept(event)
         return Append(self.lease, event, self._usage_now() if event.finish else None)
 
@@ -37,6 +46,10 @@ class DecodeRequest:
         """All tokens from `base` on once more, for a Redis that lost its last writes."""
         event = events_from(self.state, choice, base, self.state.choices[choice].finish)
         return Append(self.lease, event, self._usage_now() if event.finish else None)
+
+    def journaled(self) -> None:
+        """The first tokens made here are in the journal: the request is through its start."""
+        self._start.over()
 
     def stop_choice(self, choice: int) -> None:
         """One choice was ended by the gateway (a stop string); the others go on."""

@@ -2,7 +2,8 @@
 
 1. An offer is claimed from the work stream; `take` reads what it is about, without owning it.
 2. Blocks are reserved for the prompt and some growth; until they are free the offer waits, then it is handed back.
-3. The KV is pulled while prefill still computes, and verified block by block.
+3. The KV is pulled while prefill still computes, and verified block by block. Then the request waits for its turn to
+   start: one whose worker died before starts alone, until its first tokens are journaled (`shared.worker.probation`).
 4. `commit` makes this worker the owner; only then anything is sampled. Where the KV did not arrive or did not verify,
    the request is committed all the same and computed here: path "recompute", with the reason.
 5. Every engine step's tokens are journaled and published in one round trip, while the next step runs.
@@ -17,13 +18,14 @@ import asyncio
 import secrets
 import time
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 import structlog
 
 from services.decode.journaling import Journaler
 from services.decode.request import DecodeRequest
+from shared import faultpoints
 from shared.bus.results import Committed, Offer, Stale
 from shared.bus.workqueue import WorkItem
 from shared.engine.engine import Engine, Reservation
@@ -35,6 +37,7 @@ from shared.transfer.importer import Importer
 from shared.worker.context import WorkerContext
 from shared.worker.handoff import HandoffRecord, OfferBlob, unpack_offer, unpack_record
 from shared.worker.jobs import decode_sequences
+from shared.worker.probation import Probation, Start
 
 log = structlog.get_logger()
 
@@ -67,7 +70,7 @@ class DecodeService:
         self._importer = importer
         self._journaler = Journaler(context.store, context.bridge)
         self._in_flight = 0
-        self._suspects = asyncio.Lock()  # of requests whose worker died, at most one runs here at a time
+        self._probation = Probation()
         self._waiting_for_blocks = 0
         self.counters = Counters()
 
@@ -89,7 +92,7 @@ class DecodeService:
 
     def room(self) -> int:
         """Claim while sequences fit, and never more than one offer that has to wait for blocks."""
-        if self._waiting_for_blocks:
+        if self._waiting_for_blocks or self._probation.is_closed:
             return 0
         return max(0, min(8, self._context.engine_settings.max_num_seqs - self._in_flight))
 
@@ -103,10 +106,10 @@ class DecodeService:
         offer = await self._context.store.take(stream, entry, fields["id"])
         if isinstance(offer, Stale):
             return
+        faultpoints.fault_point("decode.taken")
         self._in_flight += 1
         try:
-            async with self._suspects if offer.deaths else nullcontext():
-                await self._serve(offer)
+            await self._serve(offer)
         finally:
             self._in_flight -= 1
 
@@ -120,7 +123,7 @@ class DecodeService:
             blob, state = unpack_offer(offer.address), fold(offer.entries, offer.job.params.n)
         except ProtocolError as error:
             log.error("offer_unreadable", request_id=offer.request_id, error=str(error))
-            await self._context.store.sweep(offer.stream, offer.entry, offer.request_id, False)
+            await self._context.store.strike(offer.stream, offer.entry, offer.request_id)
             return
         if not self._context.can_hold(offer.job):
             await self._refuse(offer)
@@ -128,16 +131,26 @@ class DecodeService:
         reservation = None if state.is_finished else await self._reserve(offer, blob, state)
         if reservation is None:
             return
-        try:
+        with ExitStack() as unless_committed:
+            unless_committed.callback(self._give_up, reservation)
+            faultpoints.fault_point("decode.reserved")
             arrival = await self._pull(offer, blob, reservation)
-            request = await self._commit(offer, state, reservation, arrival, started)
-        except BaseException:
-            self._give_up(reservation)
-            raise
-        if request is None:
-            self._give_up(reservation)
-            return
-        await self._decode(request, reservation, arrival)
+            faultpoints.fault_point("decode.verified")
+            with self._probation.ask(suspect=offer.deaths > 0) as start:
+                if not await self._turn_to_start(offer, start):
+                    return
+                request = await self._commit(offer, state, reservation, arrival, started, start)
+                if request is None:
+                    return
+                unless_committed.pop_all()
+                await self._decode(request, reservation, arrival)
+
+    async def _turn_to_start(self, offer: Offer, start: Start) -> bool:
+        """Wait for the turn; False once the offer went stale meanwhile (cancelled, overdue, or taken back)."""
+        while not await start.admitted(_RECHECK_OFFER_S):
+            if isinstance(await self._context.store.take(offer.stream, offer.entry, offer.request_id), Stale):
+                return False
+        return True
 
     async def _refuse(self, offer: Offer) -> None:
         """End a request that would outgrow this worker's whole cache; to own it is the right to end it."""
@@ -207,7 +220,13 @@ class DecodeService:
         )
 
     async def _commit(
-        self, offer: Offer, state: JournalState, reservation: Reservation, arrival: Arrival, started: float
+        self,
+        offer: Offer,
+        state: JournalState,
+        reservation: Reservation,
+        arrival: Arrival,
+        started: float,
+        start: Start,
     ) -> DecodeRequest | None:
         """Become the owner; None when the offer is not valid any more or nothing is left to decode."""
         owner = f"{self._context.worker_id}:{secrets.token_hex(8)}"
@@ -217,9 +236,10 @@ class DecodeService:
         if not isinstance(result, Committed):
             log.info("commit_refused", request_id=offer.request_id, result=type(result).__name__)
             return None
+        faultpoints.fault_point("decode.committed")
         self._count(usage)
         self._catch_up(state, reservation, await self._journaled(offer, emitted))
-        return DecodeRequest(offer.job, result.lease, state, usage, self._context.bridge)
+        return DecodeRequest(offer.job, result.lease, state, usage, self._context.bridge, start)
 
     async def _journaled(self, offer: Offer, emitted: tuple[Tokens, ...]) -> tuple[Tokens, ...]:
         """Tokens journaled since the offer was read: the record's, or without a record what prefill appended."""

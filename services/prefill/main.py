@@ -22,7 +22,7 @@ async def run_prefill(settings: Settings, stop: asyncio.Event) -> None:
 async def _service(context: WorkerContext) -> AsyncIterator[PrefillService]:
     settings = context.transfer_settings
     exporter = Exporter(context.built.cache, context.identity, context.secret, context.transfer_limits)
-    await exporter.start(settings.host, settings.port, settings.advertise_host or None)
+    await exporter.start(settings.host, settings.port, settings.advertise_host or None, settings.advertise_port)
     try:
         yield PrefillService(context, exporter)
     finally:

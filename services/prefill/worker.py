@@ -1,6 +1,7 @@
 """The prefill service. Life of one request here:
 
 1. An entry of the work stream is claimed; `begin` makes this worker the owner and tells what was emitted before.
+   Requests whose worker died before wait, unowned, until they can be computed alone (`shared.worker.probation`).
 2. The engine allocates the whole prompt (cached prefix first) and computes it in chunks.
 3. The hand-off is opened for export as soon as blocks are there, and offered to the decode workers when what is left
    to compute takes about as long as the transfer: frames stream while later chunks are computed.
@@ -16,12 +17,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
 
 import structlog
 
 from services.prefill.pace import Pace
+from shared import faultpoints
 from shared.bus.requests import Append, Lease
 from shared.bus.results import Appended, Begun, Refused
 from shared.bus.workqueue import WorkItem
@@ -35,6 +37,7 @@ from shared.transfer.exporter import Export, Exporter
 from shared.worker.context import WorkerContext
 from shared.worker.handoff import HandoffRecord, OfferBlob
 from shared.worker.jobs import overdue_finishes, prefill_sequence, tokens_event
+from shared.worker.probation import Probation, Start
 
 log = structlog.get_logger()
 
@@ -55,6 +58,8 @@ class Handling:
     state: JournalState
     sequence: Sequence
     export: Export
+    start: Start
+    computed: bool = False
     outputs: asyncio.Queue[Output] = field(default_factory=asyncio.Queue)
     offered: bool = False
 
@@ -68,7 +73,7 @@ class PrefillService:
         self._pace = Pace()
         self._outputs: dict[Sequence, asyncio.Queue[Output]] = {}
         self._begun: dict[Lease, str] = {}
-        self._suspects = asyncio.Lock()  # of requests whose worker died, at most one runs here at a time
+        self._probation = Probation()
         self._releases: set[asyncio.Task[None]] = set()
         self._waiting_for_blocks = 0
 
@@ -92,7 +97,7 @@ class PrefillService:
         """Claim only what can be computed soon, so that another prefill worker can have the rest."""
         pending = sum(sequence.num_pending for sequence in self._outputs)
         budget = self._context.engine_settings.max_num_batched_tokens
-        if self._waiting_for_blocks or pending >= budget:
+        if self._waiting_for_blocks or self._probation.is_closed or pending >= budget:
             return 0
         return max(0, min(4, _MAX_COMPUTING - len(self._outputs)))
 
@@ -106,14 +111,19 @@ class PrefillService:
                         queue.put_nowait(output)
 
     async def handle(self, item: WorkItem) -> None:
+        with self._probation.ask(suspect=int(item[2].get("deaths", "0")) > 0) as start:
+            await start.admitted()
+            await self._handle(item, start)
+
+    async def _handle(self, item: WorkItem, start: Start) -> None:
         stream, entry, fields = item
         begun = await self._context.store.begin(stream, entry, fields["id"], self._context.worker_id)
         if not isinstance(begun, Begun):
             return
         self._begun[begun.lease] = begun.job.gateway
         try:
-            async with self._suspects if begun.deaths else nullcontext():
-                await self._serve(begun)
+            faultpoints.fault_point("prefill.begun")
+            await self._serve(begun, start)
         except* Dropped as group:
             log.info("request_dropped", request_id=begun.lease.request_id, reason=str(group.exceptions[0]))
         finally:
@@ -123,7 +133,7 @@ class PrefillService:
         for lease in list(self._begun):
             await self._context.store.requeue(lease)
 
-    async def _serve(self, begun: Begun) -> None:
+    async def _serve(self, begun: Begun, start: Start) -> None:
         job, state = begun.job, fold(begun.entries, begun.job.params.n)
         if not self._context.can_hold(job):
             await self._context.store.fail(begun.lease, "context_length_exceeded", "longer than this worker's KV cache")
@@ -136,23 +146,26 @@ class PrefillService:
             if state.is_finished:
                 return
         sequence = prefill_sequence(job, state, self._context.scope)
-        async with self._admitted(begun, state, sequence) as handling, asyncio.TaskGroup() as group:
+        async with self._admitted(begun, state, sequence, start) as handling, asyncio.TaskGroup() as group:
             toucher = group.create_task(self._keep_touching(handling))
             await self._compute_and_hand_off(handling)
             await end_tasks([toucher])
 
     @asynccontextmanager
-    async def _admitted(self, begun: Begun, state: JournalState, sequence: Sequence) -> AsyncIterator[Handling]:
+    async def _admitted(
+        self, begun: Begun, state: JournalState, sequence: Sequence, start: Start
+    ) -> AsyncIterator[Handling]:
         """The sequence in the engine with all its blocks, exported; both let go at the end, in any case."""
         bridge, queue = self._context.bridge, asyncio.Queue[Output]()
         self._outputs[sequence] = queue
         try:
             await bridge.call(lambda engine: engine.add(sequence))
             await self._wait_for_blocks(sequence, begun.lease)
+            faultpoints.fault_point("prefill.blocks_allocated")
             blocks = await bridge.call(lambda engine: engine.retain_blocks(sequence), undo=Engine.release_blocks)
             key = ExportKey(begun.lease.request_id, begun.lease.epoch, begun.lease.nonce)
             export = self._exporter.open(key, blocks, len(sequence.tokens))
-            handling = Handling(begun.job, begun.lease, state, sequence, export, queue)
+            handling = Handling(begun.job, begun.lease, state, sequence, export, start, outputs=queue)
             try:
                 yield handling
             finally:
@@ -167,8 +180,10 @@ class PrefillService:
         try:
             while not sequence.block_ids:
                 await self._context.bridge.progress(TOUCH_INTERVAL_S)
-                if not (await self._context.store.touch(lease)).owner:
+                touched = await self._context.store.touch(lease)
+                if not touched.owner:
                     raise Dropped("lost while waiting for blocks")
+                self._begun[lease] = touched.gateway
         finally:
             self._waiting_for_blocks -= 1
 
@@ -197,13 +212,18 @@ class PrefillService:
                 await self._context.store.fail(handling.lease, "internal_error", output.error)
                 raise Dropped("failed")
             export.progress(computed)
+            faultpoints.fault_point("prefill.chunk_exported")
             if computed >= len(sequence.tokens):
                 break
             await self._maybe_offer(handling, computed)
+        handling.computed = True
         emitted = await self._emit(handling, output)
+        handling.start.over()
         record = HandoffRecord(tuple(emitted), sequence.num_cached, self._context.worker_id)
         export.finish(record.pack())
+        faultpoints.fault_point("prefill.final_frame")
         outcome = await export.closed()
+        faultpoints.fault_point("prefill.acknowledged")
         if outcome != OUTCOME_ACKED:
             log.warning("handoff_not_taken", request_id=handling.lease.request_id, outcome=outcome)
             await self._context.store.requeue(handling.lease)
@@ -222,7 +242,8 @@ class PrefillService:
                 prefill_worker=self._context.worker_id,
             )
             await self._append(handling.lease, events, usage)
-        return events
+            faultpoints.fault_point("prefill.first_token_appended")
+        return [replace(event, prompt_logprobs=()) for event in events]  # journaled; a long prompt's fill megabytes
 
     async def _append(self, lease: Lease, events: list[Tokens], usage: Usage) -> None:
         results = await self._context.store.append([Append(lease, event, usage) for event in events])
@@ -247,22 +268,25 @@ class PrefillService:
         if isinstance(await self._context.store.offer(handling.lease, blob.pack()), Refused):
             raise Dropped("offer refused")
         handling.offered = True
+        faultpoints.fault_point("prefill.offered")
 
     async def _keep_touching(self, handling: Handling) -> None:
         while True:
             await asyncio.sleep(TOUCH_INTERVAL_S)
-            touched = await self._context.store.touch(handling.lease)
+            touched = await self._context.store.touch(handling.lease, computed=handling.computed)
             heed_cancellation()
             if not touched.owner or touched.cancel:
                 if handling.export.num_readers:
                     continue  # the decode worker has committed and is about to acknowledge
                 raise Dropped("cancelled" if touched.cancel else "owned by another")
+            self._begun[handling.lease] = touched.gateway
             handling.export.renew()
             if handling.offered and not touched.offer_live:
                 await self._offer(handling)
 
 
 def needs_decode(handling: Handling) -> bool:
-    """Whether any choice can want more than the one token that is sampled here."""
-    tokens = (len(choice.tokens) for choice in handling.state.choices)
-    return any(count + 1 < handling.job.params.max_tokens for count in tokens)
+    """Whether any choice can want more than the one token that is sampled here, if one is."""
+    sampled = 1 if handling.sequence.choices else 0
+    tokens = (len(choice.tokens) for choice in handling.state.choices if choice.finish is None)
+    return any(count + sampled < handling.job.params.max_tokens for count in tokens)

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import structlog
 
+from shared import faultpoints
 from shared.engine.engine import Engine, Output
 
 log = structlog.get_logger()
@@ -42,16 +43,19 @@ class EngineThread:
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self.last_turn = time.monotonic()
+        self.turn_began: float | None = None
+        """Monotonic time the running turn began, None between turns. A step that never ends shows here."""
 
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
-        """Let the current step end, then stop; commands still queued are run first."""
+    def stop(self, timeout_s: float | None = None) -> bool:
+        """Let the current step end, then stop; commands still queued are run first. False: it did not end in time."""
         self.post(self._request_stop)
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.join(timeout_s)
+            return not self._thread.is_alive()
+        return True
 
     def call(self, command: Callable[[Engine], T]) -> Future[T]:
         """Run `command` between two steps; its result or exception comes by the future."""
@@ -78,10 +82,13 @@ class EngineThread:
         try:
             wait = 0.0
             while not self._stopping:
-                self._drain_inbox(wait)
-                self.last_turn = time.monotonic()
+                first = self._next_action(wait)
+                self.turn_began = time.monotonic()
+                self._run_actions(first)
                 wait = self._turn()
+                self.turn_began = None
         except BaseException as error:
+            self.turn_began = None
             log.error("engine_failed", error=repr(error))
             self._on_failure(error)
 
@@ -89,16 +96,19 @@ class EngineThread:
         """One step if there is work; returns how long the inbox may wait before the next turn."""
         if self._stopping or not self._engine.has_work:
             return _IDLE_WAIT_S
+        faultpoints.fault_point("engine.step")
         outputs = self._engine.step()
         if outputs:
             self._on_outputs(outputs)
         return 0.0 if outputs else _STALLED_WAIT_S
 
-    def _drain_inbox(self, wait: float) -> None:
+    def _next_action(self, wait: float) -> Callable[[], None] | None:
         try:
-            action = self._inbox.get(timeout=wait) if wait else self._inbox.get_nowait()
-            while True:
-                action()
-                action = self._inbox.get_nowait()
+            return self._inbox.get(timeout=wait) if wait else self._inbox.get_nowait()
         except Empty:
-            return
+            return None
+
+    def _run_actions(self, action: Callable[[], None] | None) -> None:
+        while action is not None:
+            action()
+            action = self._next_action(0.0)

@@ -7,11 +7,17 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
+import structlog
+
 from shared.engine.engine import Engine, Output
 from shared.engine.thread import EngineThread
 from shared.errors import EngineError
 
 T = TypeVar("T")
+log = structlog.get_logger()
+
+_STOP_TIMEOUT_S = 30.0
+"""A step that takes longer than this has hung; the thread is a daemon and ends with the process."""
 
 
 class EngineBridge:
@@ -22,6 +28,8 @@ class EngineBridge:
         self._loop = asyncio.get_running_loop()
         self._thread = EngineThread(engine, self._on_outputs, self._on_failure)
         self._outputs: asyncio.Queue[list[Output]] = asyncio.Queue()
+        self.num_delivered = 0
+        """Steps put into the queue so far: who has handled as many has handled all."""
         self._failure: asyncio.Future[None] = self._loop.create_future()
         self._blocks_freed = asyncio.Event()
 
@@ -30,14 +38,15 @@ class EngineBridge:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await asyncio.to_thread(self._thread.stop)
+        if not await asyncio.to_thread(self._thread.stop, _STOP_TIMEOUT_S):
+            log.error("engine_thread_left_behind", waited_s=_STOP_TIMEOUT_S)
         if not self._failure.done():
             self._failure.cancel()
 
     @property
-    def last_turn(self) -> float:
-        """Monotonic time of the engine thread's last turn; a hung step shows here."""
-        return self._thread.last_turn
+    def turn_began(self) -> float | None:
+        """Monotonic time the engine thread's running turn began, None between turns; a hung step shows here."""
+        return self._thread.turn_began
 
     async def call(self, command: Callable[[Engine], T], undo: Callable[[Engine, T], None] | None = None) -> T:
         """Run `command` between two steps. If this task is cancelled meanwhile, `undo` gets the result."""
@@ -85,6 +94,7 @@ class EngineBridge:
 
     def _deliver(self, outputs: list[Output]) -> None:
         self._outputs.put_nowait(outputs)
+        self.num_delivered += 1
         self._blocks_freed.set()
 
     def _on_failure(self, error: BaseException) -> None:

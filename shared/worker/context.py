@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+import structlog
+
 from shared.bus.registry import Registry
 from shared.bus.requests import RequestStore
 from shared.bus.workqueue import WorkItem
@@ -15,6 +17,8 @@ from shared.transfer.base import Identity, TransferLimits
 from shared.worker.bridge import EngineBridge
 from shared.worker.build import BuiltEngine
 from shared.worker.jobs import CacheScope
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,29 @@ class WorkerContext:
     @property
     def transfer_limits(self) -> TransferLimits:
         settings = self.transfer_settings
-        return TransferLimits(lease_s=settings.lease_s, progress_timeout_s=settings.progress_timeout_s)
+        return TransferLimits(
+            lease_s=settings.lease_s,
+            progress_timeout_s=settings.progress_timeout_s,
+            max_connections=settings.max_connections,
+            allowed_networks=settings.allowed_networks,
+        )
+
+    def log_limits(self) -> None:
+        """Say at start what this worker will take: what it holds of memory, and each of its deadlines."""
+        engine, transfer = self.engine_settings, self.transfer_limits
+        log.info(
+            "worker_limits",
+            worker_id=self.worker_id,
+            kv_tokens=self.built.engine.max_request_tokens,
+            max_request_tokens=self.built.max_request_tokens,
+            max_num_seqs=engine.max_num_seqs,
+            max_num_batched_tokens=engine.max_num_batched_tokens,
+            hang_timeout_s=engine.hang_timeout_s,
+            lease_s=transfer.lease_s,
+            progress_timeout_s=transfer.progress_timeout_s,
+            handshake_timeout_s=transfer.handshake_timeout_s,
+            max_connections=transfer.max_connections,
+        )
 
 
 class Service(Protocol):

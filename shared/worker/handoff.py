@@ -70,6 +70,14 @@ def _unpacked(blob: bytes, limit: int, name: str) -> object:
     if len(blob) > limit:
         raise ProtocolError(f"a {name} of {len(blob)} bytes is over the limit of {limit}")
     try:
-        return msgpack.unpackb(blob, raw=False, strict_map_key=True, max_bin_len=limit, max_array_len=MAX_CHOICES)
+        return msgpack.unpackb(
+            blob,
+            raw=False,
+            strict_map_key=True,
+            max_bin_len=limit,
+            max_array_len=MAX_CHOICES,
+            max_map_len=0,
+            max_ext_len=0,
+        )
     except (ValueError, msgpack.UnpackException) as error:
         raise ProtocolError(f"a {name} is not msgpack: {type(error).__name__}") from None

@@ -36,14 +36,20 @@ def prefill_sequence(job: Job, state: JournalState, scope: CacheScope) -> Sequen
         tokens += state.choices[0].tokens
     elif any(choice.tokens for choice in state.choices):
         choices = ()
-    return Sequence(job.request_id, job.params, tokens, len(job.prompt_ids), choices, scope.root(job), hold=True)
+    root = scope.root(job)
+    return Sequence(
+        job.request_id, job.params, tokens, len(job.prompt_ids), choices, root, hold=True, priority=job.priority
+    )
 
 
 def decode_sequences(job: Job, state: JournalState, scope: CacheScope) -> list[Sequence]:
     """One sequence for each choice that is not finished yet."""
     root = scope.root(job)
+    prompt = job.prompt_ids
     return [
-        Sequence(job.request_id, job.params, [*job.prompt_ids, *choice.tokens], len(job.prompt_ids), (index,), root)
+        Sequence(
+            *(job.request_id, job.params, [*prompt, *choice.tokens], len(prompt), (index,), root), priority=job.priority
+        )
         for index, choice in enumerate(state.choices)
         if choice.finish is None
     ]
@@ -75,7 +81,7 @@ def tokens_event(
         tokens=tokens,
         logprobs=tuple(sample.logprob for sample in samples if sample.logprob is not None),
         finish=samples[-1].finish,
-        prompt_logprobs=prompt_logprobs if choice == 0 else (),
+        prompt_logprobs=prompt_logprobs if choice == 0 and not held.tokens else (),
     )
 
 

@@ -1,4 +1,4 @@
-"""What the protocol model leaves out: choices, deadlines, cancels with a cut, poison, private streams."""
+"""What the protocol model leaves out: choices, deadlines, cancels with a cut, private streams."""
 
 from __future__ import annotations
 
@@ -200,41 +200,7 @@ async def test_a_last_token_in_time_is_a_finish_even_after_the_deadline(bench: B
     assert (await bench.journal()).end == End("finished")
 
 
-# ---- sweep, poison ------------------------------------------------------------------------------------
-
-
-async def test_deaths_are_counted_until_the_request_is_put_away(bench: Bench) -> None:
-    await bench.store.submit(bench.job())
-    for death in range(3):
-        begun = await bench.store.begin(*await bench.read(bench.prefill), "r", f"p{death}")
-        assert isinstance(begun, Begun)
-        assert begun.deaths == death
-        outcome = await bench.store.sweep(begun.lease.stream, begun.lease.entry, "r", counted=True)
-        assert outcome == ("dead" if death == 2 else "requeued")
-    end = (await bench.journal()).end
-    assert end is not None
-    assert (end.outcome, end.code) == ("error", "request_quarantined")
-    dead = await bench.client.xrange(bench.keys.dead)
-    assert dead is not None
-    assert len(dead) == 1
-    assert dead[0][1] == {b"id": b"r", b"reason": b"request_quarantined", b"deaths": b"3", b"epoch": b"6"}
-    assert await bench.num_entries() == await bench.num_pending() == 0
-
-
-async def test_handing_back_counts_no_death(bench: Bench) -> None:
-    await bench.store.submit(bench.job())
-    for _ in range(6):
-        begun = await bench.store.begin(*await bench.read(bench.prefill), "r", "p")
-        assert isinstance(begun, Begun)
-        assert await bench.store.sweep(begun.lease.stream, begun.lease.entry, "r", counted=False) == "requeued"
-    assert await bench.field("deaths") == "0"
-
-
-async def test_an_entry_never_begun_counts_no_death(bench: Bench) -> None:
-    await bench.store.submit(bench.job())
-    for _ in range(4):
-        assert await bench.store.sweep(*await bench.read(bench.prefill), "r", counted=True) == "requeued"
-    assert await bench.field("deaths") == "0"
+# ---- sweep ------------------------------------------------------------------------------------
 
 
 async def test_an_offer_is_handed_on_five_times_then_recomputed(bench: Bench) -> None:

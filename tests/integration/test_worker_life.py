@@ -69,10 +69,10 @@ async def immortal(client: Redis, bench: Bench) -> set[str]:
 
 
 def kept(bench: Bench) -> set[str]:
-    """What may stay for ever: the shared work streams, and the list of workers while there are any."""
+    """What may stay for ever: the shared work streams, and the lists of workers and gateways while there are any."""
     streams = {bench.keys.work(role, NAME) for role in ("prefill", "decode")}
     probes = {bench.keys.probe_work(role, NAME) for role in ("prefill", "decode")}
-    return streams | probes | {bench.keys.workers}
+    return streams | probes | {bench.keys.workers, bench.keys.gateways}
 
 
 async def nothing_is_left(client: Redis, bench: Bench) -> None:

@@ -34,7 +34,7 @@ async def test_work_queued_before_any_worker_is_read(bench: Bench, blocking_clie
     await bench.store.submit(bench.job())
     queue = WorkQueue(blocking_client, bench.client, [bench.prefill, bench.decode], "w")
     items = await queue.read(10, 50)
-    assert [(stream, fields) for stream, _, fields in items] == [(bench.prefill, {"id": "r"})]
+    assert [(stream, fields) for stream, _, fields in items] == [(bench.prefill, {"id": "r", "deaths": "0"})]
     assert await queue.read(10, 1) == []
     assert await queue.pending_own() == [(bench.prefill, items[0][1], "r")]
 
@@ -51,7 +51,7 @@ async def test_a_blocked_read_wakes_with_new_work(bench: Bench, blocking_client:
     queue = WorkQueue(blocking_client, bench.client, [bench.prefill], "w")
     reading = asyncio.create_task(queue.read(1, 2000))
     await bench.store.submit(bench.job())
-    assert (await asyncio.wait_for(reading, 5))[0][2] == {"id": "r"}
+    assert (await asyncio.wait_for(reading, 5))[0][2] == {"id": "r", "deaths": "0"}
 
 
 async def test_groups_lost_with_redis_are_made_again(bench: Bench) -> None:
@@ -106,6 +106,20 @@ async def test_leaving_is_at_once(redis_client: Redis, keys: Keys) -> None:
     assert await registry.live() == []
     assert await registry.dead_gateways(["g1", "g2", "g3"]) == {"g2", "g3"}
     assert await registry.dead_gateways([]) == set()
+
+
+async def test_gateways_that_share_the_workers_are_counted(redis_client: Redis, keys: Keys) -> None:
+    registry = Registry(redis_client, keys, beat_ttl_ms=60)
+    assert await registry.live_gateways() == set()
+    await registry.beat_gateway("gone")
+    await Registry(redis_client, keys).beat_gateway("g1")
+    deadline = time.monotonic() + 5
+    while await registry.live_gateways() != {"g1"}:
+        assert time.monotonic() < deadline
+    assert await redis_client.smembers(keys.gateways) == {b"g1"}
+    await registry.leave_gateway("g1")
+    assert await registry.live_gateways() == set()
+    assert not await redis_client.exists(keys.gateways)
 
 
 async def test_a_beat_that_cannot_be_read_is_left_out(redis_client: Redis, keys: Keys) -> None:

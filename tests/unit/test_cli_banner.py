@@ -83,6 +83,7 @@ def test_the_key_is_told_as_a_state_and_never_shown() -> None:
     text = shown(PREFILL, DECODE, api_keys="a-very-secret-key")
     assert row(text, "API key") == "needed"
     assert "a-very-secret-key" not in text
+    assert row(shown(PREFILL, DECODE, api_keys_file="/run/secrets/keys"), "API key") == "needed"
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])

@@ -17,7 +17,7 @@ from services.cli.main import app
 from shared.config import load_settings, setting_paths, variable_name
 
 ALL = list(dict.fromkeys([*flags.ALL, *flags.WORKER]))
-COMMANDS = ("serve", "gateway", "prefill", "decode", "chat", "ps", "doctor", "bench")
+COMMANDS = ("serve", "gateway", "prefill", "decode", "chat", "ps", "dlq", "drain", "doctor", "bench")
 SAMPLES: dict[tuple[str, ...], Any] = {
     ("redis", "url"): "redis://somewhere:1/0",
     ("log_level",): "error",
@@ -159,9 +159,27 @@ def test_an_unknown_flag_is_a_usage_error() -> None:
     assert "no-such-flag" in told
 
 
-def test_ps_without_a_cluster_says_where_to_look(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("dlq", "empty"), "dlq knows list and clear"),
+        (("drain",), "exactly one of them"),
+        (("drain", "p1", "--all"), "exactly one of them"),
+        (("drain", "--role", "router"), "prefill, decode, gateway"),
+    ],
+)
+def test_a_wrong_choice_is_a_usage_error(arguments: tuple[str, ...], told: str) -> None:
+    status, said = run(*arguments)
+    assert status == 2
+    assert told in said
+
+
+@pytest.mark.parametrize("arguments", [("ps",), ("dlq",), ("drain", "--all")])
+def test_without_a_cluster_it_says_where_to_look(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    status, told = run("ps")
+    status, told = run(*arguments)
     assert status == 1
     assert told.startswith("slipstream: no `slipstream serve` of yours runs here as deployment 'default'")
     assert "SLIPSTREAM_REDIS__URL" in told

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
@@ -154,12 +155,33 @@ def _broken_step() -> list[Output]:
     raise RuntimeError("the step broke")
 
 
-def test_the_time_of_the_last_turn_moves_on_without_work() -> None:
+def test_a_turn_shows_from_its_begin_to_its_end() -> None:
     with running(make_engine()[0]) as (thread, _):
-        before = thread.last_turn
-        thread.call(lambda _: None).result(WAIT_S)
-        thread.call(lambda _: None).result(WAIT_S)
-        assert thread.last_turn >= before
+        inside, go_on = threading.Event(), threading.Event()
+        before = time.monotonic()
+        thread.post(inside.set)
+        thread.post(lambda: waited(go_on))
+        assert inside.wait(WAIT_S)
+        began = thread.turn_began
+        assert began is not None
+        assert before <= began <= time.monotonic()
+        go_on.set()
+        deadline = time.monotonic() + WAIT_S
+        while thread.turn_began is not None:
+            assert time.monotonic() < deadline, "between turns there is none"
+
+
+def waited(event: threading.Event) -> None:
+    assert event.wait(WAIT_S)
+
+
+def test_a_thread_that_hangs_is_left_behind() -> None:
+    thread, go_on = EngineThread(make_engine()[0], lambda _: None, lambda _: None), threading.Event()
+    thread.start()
+    thread.post(lambda: waited(go_on))
+    assert not thread.stop(0.01)
+    go_on.set()
+    assert thread.stop(WAIT_S)
 
 
 # --- the bridge -------------------------------------------------------------------------------------------------------

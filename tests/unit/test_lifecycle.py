@@ -45,6 +45,39 @@ def serving(after: str = "") -> subprocess.Popen[str]:
     return child
 
 
+def test_a_signal_after_a_drain_by_order_is_still_a_polite_one() -> None:
+    child = start("""
+async def main(stop):
+    stop.set()
+    print("draining", flush=True)
+    await asyncio.to_thread(sys.stdin.readline)
+    print("done", flush=True)
+sys.exit(run_service(main))
+""")
+    assert child.stdout is not None
+    assert child.stdin is not None
+    assert child.stdout.readline() == "draining\n"
+    child.send_signal(signal.SIGTERM)
+    child.stdin.write("go on\n")
+    child.stdin.flush()
+    out, _ = child.communicate(timeout=WAIT_S)
+    assert (out, child.returncode) == ("done\n", EXIT_OK)
+
+
+def test_giving_up_ends_the_process_whatever_hangs_in_it() -> None:
+    child = start("""
+import threading
+from shared.lifecycle import give_up
+async def main(stop):
+    threading.Thread(target=threading.Event().wait).start()
+    give_up("the engine made no turn for 60 s")
+sys.exit(run_service(main))
+""")
+    out, err = child.communicate(timeout=WAIT_S)
+    assert child.returncode == EXIT_FAILED
+    assert "the engine made no turn for 60 s" in out + err
+
+
 # --- end_tasks --------------------------------------------------------------------------------------------------------
 
 

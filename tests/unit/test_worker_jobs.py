@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -54,6 +55,12 @@ def test_prefill_of_a_fresh_request_samples_its_choice_after_the_prompt() -> Non
     assert (sequence.tokens, sequence.prompt_len, sequence.choices) == ([5, 6, 7], 3, (0,))
     assert sequence.hold
     assert sequence.hash_root == SCOPE.root(job())
+
+
+def test_sequences_have_the_priority_of_their_request() -> None:
+    urgent = replace(job(n=2), priority=-7)
+    assert prefill_sequence(urgent, held([], []), SCOPE).priority == -7
+    assert [one.priority for one in decode_sequences(urgent, held([], []), SCOPE)] == [-7, -7]
 
 
 def test_prefill_of_several_choices_computes_the_prompt_once() -> None:
