@@ -158,7 +158,8 @@ class Engine:
         """
         first, size = sequences[0], self._block_size
         cached = self.scheduler.cached_prefix(first)[: num_tokens // size]
-        each, shared = min(-(-(num_tokens + growth) // size), self.blocks.num_usable), num_tokens // size
+        longest = max(num_tokens, *(len(sequence.tokens) for sequence in sequences))  # choices that were moved here
+        each, shared = min(-(-(longest + growth) // size), self.blocks.num_usable), num_tokens // size
         if self.scheduler.waiting or not self.blocks.can_allocate(each - len(cached), cached):
             return None
         self.blocks.retain(cached)

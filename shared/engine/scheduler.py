@@ -1,13 +1,14 @@
 """Which sequences run this step, and how many tokens each.
 
 A plan maps sequences to token counts: a decode step is 1, a prefill chunk more. Decodes come first, so a long
-prompt never delays a running stream by more than a chunk. When blocks run out, the newest sequence is preempted:
-it loses its blocks, waits at the front and is computed again; with keyed noise its tokens do not change.
+prompt never delays a running stream by more than a chunk. When blocks run out, the sequence of the lowest priority is
+preempted, the newest of them: it loses its blocks, waits at its old place and is computed again; with keyed noise its
+tokens do not change. The first in rank is never preempted for others, so something always gets to its end.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from dataclasses import dataclass
 
 from shared.engine.sequence import Sequence, Status
@@ -35,14 +36,15 @@ class Scheduled:
 
 
 class Scheduler:
-    """The only owner of the waiting and running lists."""
+    """The only owner of the waiting and running lists, both in order of rank: priority, then arrival."""
 
     def __init__(self, limits: SchedulerLimits, blocks: BlockManager, block_size: int, *, prefix_caching: bool) -> None:
         self._limits = limits
         self._blocks = blocks
         self._block_size = block_size
         self._prefix_caching = prefix_caching
-        self.waiting: deque[Sequence] = deque()
+        self._arrivals = 0
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.held: list[Sequence] = []
         self.num_preemptions = 0
@@ -53,14 +55,13 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Run a sequence that has no blocks yet, or queue it: its block list tells which, right away."""
-        sequence.status = Status.WAITING
-        self.waiting.append(sequence)
+        self._wait(sequence)
         self._admit()
 
     def start(self, sequence: Sequence) -> None:
         """Run a sequence whose blocks were reserved before."""
         sequence.status = Status.RUNNING
-        self.running.append(sequence)
+        self._insert(self.running, sequence)
 
     def hold(self, sequence: Sequence) -> None:
         """A computed prefill sequence leaves the running list but keeps its blocks."""
@@ -104,7 +105,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self._limits.max_num_seqs and self._allocate(self.waiting[0]):
-            self.start(self.waiting.popleft())
+            self.start(self.waiting.pop(0))
 
     def _allocate(self, sequence: Sequence) -> bool:
         """Give a waiting sequence blocks for all its known tokens, cached prefix first."""
@@ -130,14 +131,14 @@ class Scheduler:
         return self._blocks.lookup(sequence.block_hashes(self._block_size, count))
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Make sure the next slot exists, preempting newer sequences if need be; False: not this step."""
+        """Make sure the next slot exists, preempting sequences of lower rank if need be; False: not this step."""
         while not self._has_slots(sequence):
             if self._blocks.can_allocate(1):
                 sequence.block_ids += self._blocks.allocate(1)
                 continue
             victim = self.running[-1]
             if len(self.running) == 1:
-                return False  # the oldest waits for hand-offs in flight to let go
+                return False  # the first waits for hand-offs in flight to let go
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -149,10 +150,19 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._drop_blocks(sequence)
-        sequence.status = Status.WAITING
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(sequence)
+        self._wait(sequence)
+
+    def _wait(self, sequence: Sequence) -> None:
+        sequence.status = Status.WAITING
+        self._insert(self.waiting, sequence)
+
+    def _insert(self, members: list[Sequence], sequence: Sequence) -> None:
+        if not sequence.arrival:
+            self._arrivals += 1
+            sequence.arrival = self._arrivals
+        insort(members, sequence, key=lambda member: member.rank)
 
     def _drop_blocks(self, sequence: Sequence) -> None:
         self._blocks.release(sequence.block_ids)

@@ -26,7 +26,8 @@ class Sequence:
 
     `tokens` starts with the request's prompt (`prompt_len` of them, whatever was produced before a migration
     comes after). A decode sequence samples one choice and appends it; a prefill sequence (`hold`) samples
-    each of `choices` once from its last row, appends nothing and keeps its blocks for the hand-off.
+    each of `choices` once from its last row, appends nothing and keeps its blocks for the hand-off. A lower
+    `priority` goes first; `arrival` is the scheduler's, 0 before it knows the sequence.
     """
 
     request_id: str
@@ -36,6 +37,8 @@ class Sequence:
     choices: tuple[int, ...]
     hash_root: bytes
     hold: bool = False
+    priority: int = 0
+    arrival: int = 0
     status: Status = Status.WAITING
     block_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
@@ -44,6 +47,11 @@ class Sequence:
     num_preemptions: int = 0
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     _hashes: list[bytes] = field(default_factory=list)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Where it stands among the sequences of the engine; the least goes first and is preempted last."""
+        return self.priority, self.arrival
 
     @property
     def num_pending(self) -> int:

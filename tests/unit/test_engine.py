@@ -234,6 +234,29 @@ def test_choices_decode_from_handed_off_blocks(length: int, choices: int) -> Non
     assert decode.blocks.num_free == decode.blocks.num_usable
 
 
+def test_choices_that_were_moved_here_get_slots_for_all_their_tokens() -> None:
+    """A hand-off of several choices covers the prompt; what they said elsewhere may be longer than the growth."""
+    prompt = list(range(9))
+    prefill, _ = make_engine()
+    decode, _ = make_engine()
+    source = hold_sequence(prompt, ())
+    prefill.add(source)
+    prefill.step()
+    targets = []
+    for choice in range(3):
+        fresh = make_sequence(prompt, choice=choice, temperature=1.0, max_tokens=16)
+        moved = make_sequence([*prompt, *expected_tokens(prompt, fresh.params, choice)[:11]], choice=choice)
+        moved.params, moved.prompt_len = fresh.params, len(prompt)
+        targets.append(moved)
+    reservation = decode.reserve(targets, len(prompt), growth=1)
+    assert reservation is not None
+    for src, dst in zip(source.block_ids, targets[0].block_ids, strict=False):
+        decode._runner.cache.data[:, dst] = prefill._runner.cache.data[:, src]
+    decode.start_received(reservation)
+    run_to_end(decode)
+    check(targets)
+
+
 def test_a_failed_hand_off_is_recomputed_from_clean_blocks() -> None:
     prompt = list(range(11))
     engine, _ = make_engine()
