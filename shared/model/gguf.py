@@ -19,6 +19,7 @@ import numpy.typing as npt
 from shared.errors import ModelFormatError
 
 _MAGIC = b"GGUF"
+_MAX_HEADER_BYTES = 256 << 20  # its lists take ten times that in memory; large vocabularies need a tenth of it
 _VERSIONS = (2, 3)
 _MAX_KEY_BYTES = 65_535
 _MAX_ARRAY_DEPTH = 2
@@ -119,11 +120,12 @@ def _mapped(path: Path) -> mmap.mmap:
 
 
 class _HeaderReader:
-    """A cursor over the header that never moves past the end of the file."""
+    """A cursor over the header that never moves past the end of the file, nor past what a header may take."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self._path = path
         self._data = data
+        self._end = min(len(data), _MAX_HEADER_BYTES)
         self._at = 0
 
     def header(self) -> Header:
@@ -178,7 +180,7 @@ class _HeaderReader:
 
     def _strings(self, count: int) -> list[object]:
         """Many strings at once, with as little work per string as possible: vocabularies are large."""
-        data, at, size = self._data, self._at, len(self._data)
+        data, at, size = self._data, self._at, self._end
         unpack, strings = struct.Struct("<Q").unpack_from, []
         try:
             for _ in range(count):
@@ -232,11 +234,11 @@ class _HeaderReader:
         return count // kind.block_size * kind.block_bytes
 
     def _require(self, count: int, item_bytes: int, what: str) -> None:
-        if count * item_bytes > len(self._data) - self._at:
+        if count * item_bytes > self._end - self._at:
             self._fail(f"claims {count} {what}, more than the file can hold")
 
     def _take(self, num_bytes: int) -> bytes:
-        if num_bytes > len(self._data) - self._at:
+        if num_bytes > self._end - self._at:
             self._fail("ends too early")
         self._at += num_bytes
         return self._data[self._at - num_bytes : self._at]

@@ -109,11 +109,11 @@ class _HeaderReader:
         fields = entry if isinstance(entry, dict) else {}
         dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
         if not isinstance(dtype, str) or dtype not in _DTYPE_BYTES:
-            self._fail(f"stores tensor {name!r} as {dtype!r}; known are {', '.join(_DTYPE_BYTES)}")
+            self._fail(f"stores tensor {name!r} as {dtype!r:.200}; known are {', '.join(_DTYPE_BYTES)}")
         if not _are_sizes(shape) or len(shape) > _MAX_DIMENSIONS:
-            self._fail(f"gives tensor {name!r} the shape {shape!r}")
+            self._fail(f"gives tensor {name!r} the shape {shape!r:.200}")
         if not _are_sizes(offsets) or len(offsets) != 2:
-            self._fail(f"gives tensor {name!r} the offsets {offsets!r}")
+            self._fail(f"gives tensor {name!r} the offsets {offsets!r:.200}")
         begin, end = offsets
         if end - begin != math.prod(shape) * _DTYPE_BYTES[dtype]:
             self._fail(f"gives tensor {name!r} {end - begin} bytes, which do not fit its shape {shape}")

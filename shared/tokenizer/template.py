@@ -14,7 +14,13 @@ from jinja2 import Template
 from jinja2.exceptions import TemplateError
 
 from shared.errors import ConfigurationError, InvalidRequest
-from shared.tokenizer.sandbox import RenderLimits, TemplateRefusal, compile_template, render_bounded
+from shared.tokenizer.sandbox import (
+    RenderLimits,
+    TemplateRefusal,
+    TemplateTooCostly,
+    compile_template,
+    render_bounded,
+)
 from shared.tokenizer.shadow import TAIL, Shadow, check_text, map_strings
 
 Message = Mapping[str, object]
@@ -136,9 +142,10 @@ class ChatTemplate:
         except TemplateRefusal as refusal:
             raise InvalidRequest(self._reason(str(refusal)), param="messages") from None
         except Exception as error:
-            # The template is foreign code: whatever it trips over, it cannot render these messages.
-            reason = self._reason(f"{type(error).__name__}: {error}")
-            raise InvalidRequest(f"The model's chat template cannot render this: {reason}", param="messages") from None
+            # The template is foreign code: whatever it trips over, it cannot render these messages. What Python says
+            # about it may hold the client's text or an object's address, so only our own limits are quoted.
+            reason = str(error) if isinstance(error, TemplateTooCostly) else type(error).__name__
+            raise InvalidRequest(f"The model's chat template cannot render this: {reason}.", param="messages") from None
         return _cut_at_tail(text) if cut else text
 
     def _reason(self, message: str) -> str:

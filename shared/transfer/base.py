@@ -40,6 +40,7 @@ REASON_EPOCH = "epoch"  # another attempt of the same request
 REASON_PEER_LOST = "peer_lost"  # connection refused, reset or closed early
 REASON_TIMEOUT = "timeout"  # no frame and no keepalive within the progress deadline
 REASON_AUTH = "auth"  # the peer does not know the cluster secret
+REASON_ADDRESS = "address"  # the peer's address lies in none of the networks this worker may connect to
 REASON_MALFORMED = "malformed"  # bytes that no version of this protocol sends
 ABORTED = "aborted:"
 
@@ -53,6 +54,7 @@ REASONS = frozenset(
         REASON_PEER_LOST,
         REASON_TIMEOUT,
         REASON_AUTH,
+        REASON_ADDRESS,
         REASON_MALFORMED,
     }
 )
@@ -61,6 +63,7 @@ OUTCOME_ACKED = "acked"
 OUTCOME_EXPIRED = "expired"
 
 MAX_RECORD_BYTES = 1 << 20
+HANDSHAKE_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,7 @@ class TransferLimits:
 
     `lease_s`: how long finished blocks wait for a reader that makes no progress.
     `progress_timeout_s`: longest silence on a link; never a limit on the whole transfer.
+    `max_connections`: links of peers that proved the secret. Those that have not yet are bounded apart (`exporter.py`).
     `allowed_networks`: where an importer may connect to (CIDR); empty allows every network.
     """
 
@@ -94,6 +98,11 @@ class TransferLimits:
     frame_bytes: int = 4 << 20
     max_connections: int = 128
     allowed_networks: tuple[str, ...] = ()
+
+    @property
+    def handshake_timeout_s(self) -> float:
+        """How long a peer may take to prove the secret: strangers are not given the patience of a link."""
+        return min(self.progress_timeout_s, HANDSHAKE_TIMEOUT_S)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,17 +31,19 @@ from shared.transfer.base import (
     TransferLimits,
     Transport,
 )
+from shared.transfer.connections import Connections
 from shared.transfer.control import Hello, Notice, Welcome
 from shared.transfer.coverage import check_frame_bytes
 from shared.transfer.export import Export
 from shared.transfer.frame import Kind
-from shared.transfer.link import STREAM_LIMIT, Link, close_writer, peer_errors
+from shared.transfer.link import Link, close_writer, peer_errors
 from shared.transfer.registry import TRANSPORTS, load_transport
 from shared.transfer.session import Session, Source
 
 __all__ = ["Export", "Exporter"]
 
 _COPY_THREADS = 2
+_STREAM_LIMIT = 16 << 10  # importers send small messages only, and strangers must not fill memory
 _MAX_REMEMBERED = 1024
 _WILDCARDS = frozenset({"", "0.0.0.0", "::"})
 _log = structlog.get_logger()
@@ -66,27 +68,30 @@ class Exporter:
         self._source = Source(cache, identity, self._limits.frame_bytes, self._threads, tap)
         self._exports: dict[ExportKey, Export] = {}
         self._outcomes: OrderedDict[ExportKey, str] = OrderedDict()
-        self._connections: set[asyncio.Task[None]] = set()
+        self._connections = Connections(self._limits.max_connections)
         self._server: asyncio.Server | None = None
         self._host = ""
         self._port = 0
         self._transports: dict[str, Transport] = {}
         self._address = b""
 
-    async def start(self, host: str = "127.0.0.1", port: int = 0, advertise: str | None = None) -> None:
+    async def start(
+        self, host: str = "127.0.0.1", port: int = 0, advertise: str | None = None, advertise_port: int = 0
+    ) -> None:
         """Listen. Peers are told `advertise`, or `host`, or this machine's name when `host` is a wildcard.
+        They are told `advertise_port` instead of the bound one unless it is 0: for a forwarded port.
 
         Raises ConfigurationError when the address cannot be bound.
         """
         try:
-            self._server = await asyncio.start_server(self._accept, host, port, limit=STREAM_LIMIT)
+            self._server = await asyncio.start_server(self._accept, host, port, limit=_STREAM_LIMIT)
         except OSError as error:
             raise ConfigurationError(
                 f"cannot listen for KV transfers on {host}:{port} ({error.strerror}); "
                 "set SLIPSTREAM_TRANSFER__HOST and SLIPSTREAM_TRANSFER__PORT"
             ) from error
         self._host = advertise or (socket.gethostname() if host in _WILDCARDS else host)
-        self._port = int(self._server.sockets[0].getsockname()[1])
+        self._port = advertise_port or int(self._server.sockets[0].getsockname()[1])
         routes = {}
         for name in TRANSPORTS:
             transport = load_transport(name)
@@ -103,11 +108,7 @@ class Exporter:
             export.abort("shutdown")
         if self._server is not None:
             self._server.close()
-        if self._connections:
-            _, late = await asyncio.wait(self._connections, timeout=2 * self._limits.progress_timeout_s)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+        await self._connections.close(2 * self._limits.progress_timeout_s)
         self._threads.shutdown()
 
     @property
@@ -158,13 +159,7 @@ class Exporter:
             self._outcomes.popitem(last=False)
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if len(self._connections) >= self._limits.max_connections:
-            self._source.count_refused(REASON_REFUSED)
-            writer.transport.abort()
-            return
-        task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
-        self._connections.add(task)
-        task.add_done_callback(self._connections.discard)
+        self._connections.serve(self._serve(reader, writer), writer)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peer = str((writer.get_extra_info("peername") or ("?",))[0])
@@ -181,12 +176,17 @@ class Exporter:
     async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[Link, Hello]:
         timeout_s = self._limits.progress_timeout_s
         with peer_errors():
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(self._limits.handshake_timeout_s):
                 keys = await authenticate_exporter(reader, writer, self._secret)
+        has_room = self._connections.prove()
         link = Link(reader, writer, keys, timeout_s)
         message = await link.receive(timeout_s=timeout_s)
         if message.kind is not Kind.HELLO:
             raise TransferError(REASON_MALFORMED, f"an importer begins with HELLO, not {message.kind.name}")
+        if not has_room:
+            error = TransferError(REASON_REFUSED, f"{self._limits.max_connections} links are open, as many as may be")
+            await link.send(Kind.REFUSE, Notice(error.reason, str(error)).encode())
+            raise error
         return link, Hello.decode(message.payload)
 
     async def _admit(self, link: Link, hello: Hello) -> Session:

@@ -17,7 +17,9 @@ from shared.transfer.address import Address, decode_address
 from shared.transfer.auth import authenticate_importer, check_secret
 from shared.transfer.base import (
     ABORTED,
+    REASON_ADDRESS,
     REASON_LAYOUT,
+    REASON_MALFORMED,
     REASON_REFUSED,
     REASONS,
     ExportKey,
@@ -144,14 +146,17 @@ class Importer:
             host = ipaddress.ip_address(target[0])
             if any(host in network for network in self._networks):
                 return str(host)
-        raise TransferError(REASON_REFUSED, f"{address.host} is in none of the networks allowed for KV transfer")
+        raise TransferError(
+            REASON_ADDRESS,
+            f"{address.host} is in none of the networks allowed for KV transfer; "
+            "add its network to SLIPSTREAM_TRANSFER__ALLOWED_NETWORKS if it is one of your workers",
+        )
 
     async def _authenticate(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Link:
-        timeout_s = self._limits.progress_timeout_s
         with peer_errors():
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(self._limits.handshake_timeout_s):
                 keys = await authenticate_importer(reader, writer, self._secret)
-        return Link(reader, writer, keys, timeout_s)
+        return Link(reader, writer, keys, self._limits.progress_timeout_s)
 
     async def _introduce(self, link: Link, transport: str, wanted: Destination) -> None:
         timeout_s = self._limits.progress_timeout_s
@@ -166,6 +171,8 @@ class Importer:
             raise TransferError(notice.reason if notice.reason in REASONS else REASON_REFUSED, notice.message)
         if message.kind is Kind.ABORT:
             raise TransferError(ABORTED + Notice.decode(message.payload).reason)
+        if message.kind is not Kind.WELCOME:
+            raise TransferError(REASON_MALFORMED, f"an exporter answers HELLO with WELCOME, not {message.kind.name}")
         theirs = Welcome.decode(message.payload)
         if theirs != Welcome(layout, self._identity):
             raise TransferError(REASON_LAYOUT, f"workers do not match: importer has {layout}, exporter has {theirs}")

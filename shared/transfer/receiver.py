@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
+from shared import faultpoints
 from shared.errors import TransferError
 from shared.kv.cache import KVCache
 from shared.transfer.base import (
@@ -57,6 +58,7 @@ class Receiver:
             message = await link.receive(self._wire_length, timeout_s)
             if message.kind is Kind.FRAME:
                 await finish_in_thread(self._pool, self._land, link, message)
+                faultpoints.fault_point("decode.frame_landed")
                 await link.send(Kind.PROGRESS)
             elif message.kind is Kind.FINAL:
                 self._coverage.finish()

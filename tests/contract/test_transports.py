@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from shared.transfer.base import MAX_RECORD_BYTES, FrameTap
 from shared.transfer.blocks import gather, scatter
 from shared.transfer.frame import DIGEST_BYTES
 from shared.transfer.registry import TRANSPORTS, load_transport
+from shared.transfer.shm import SharedMemoryRoute
+from shared.transfer.tcp import TcpRoute
 from tests.transfer_rig import (
     IMPATIENT,
     LAYOUT,
@@ -405,3 +408,114 @@ def test_registry_gives_what_it_names(transport: str) -> None:
         route.close()
     finally:
         cache.close()
+
+
+# Two lifetimes of a block: its owner's, and that of whoever still reads or writes it.
+
+
+async def test_blocks_read_after_release_and_reassign_are_refused(
+    transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lease ends while a reader still copies, and the blocks get another request's KV under it."""
+    entered, go_on = threading.Event(), threading.Event()
+
+    def slow(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def later(*args: object) -> torch.Tensor:
+            entered.set()
+            go_on.wait(10)
+            return function(*args)
+
+        return later
+
+    route: Any = {"shm": SharedMemoryRoute, "tcp": TcpRoute}[transport]
+    monkeypatch.setattr(route, "content", slow(route.content))
+    async with transfer_pair([transport], replace(LIMITS, lease_s=0.2)) as pair:
+        export = pair.finished(4)
+        original = pair.source_tokens(export)
+        pull = pair.pulling(export)
+        await asyncio.to_thread(entered.wait, 10)
+        assert await asyncio.wait_for(export.closed(), 10) == "expired"
+        await within(export.released())
+        pair.source.data[:, list(export.block_ids)] = 13
+        go_on.set()
+        await asyncio.wait([pull])
+        assert pull.exception() is not None, "a hand-off whose lease has ended is not complete"
+        if transport == "tcp":  # the bytes left before: they are the right ones
+            assert torch.equal(pair.target_tokens(export), original)
+        else:
+            pair.assert_target_untouched()
+            assert pair.importer.refused == {"digest": 1}
+
+
+async def test_a_block_is_not_reused_while_its_frame_is_made(transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lease of an export ends in the middle of a copy: `released` waits for the copy, so no frame mixes two."""
+    entered, go_on = threading.Event(), threading.Event()
+
+    def slow_gather(*args: object) -> torch.Tensor:
+        entered.set()
+        go_on.wait(10)
+        return gather(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("shared.transfer.session.gather", slow_gather)
+    async with transfer_pair([transport], replace(LIMITS, lease_s=0.05)) as pair:
+        export = pair.finished(8)
+        pull = pair.pulling(export)
+        await asyncio.to_thread(entered.wait, 10)
+        assert await asyncio.wait_for(export.closed(), 10) == "expired"
+        released = asyncio.create_task(export.released())
+        await asyncio.wait([released], timeout=0.05)
+        assert not released.done()
+        go_on.set()
+        await within(released)
+        assert (await failure(pull)).reason in {"aborted:expired", "peer_lost"}
+
+
+async def test_a_new_reader_takes_over_the_lease_of_a_dead_one(transport: str) -> None:
+    """Decode died between the offer and its pull, or in the middle of it; the blocks are still leased."""
+    async with transfer_pair([transport]) as pair:
+        export = pair.finished(20)
+        for _ in range(3):
+            async with fake_reader(pair, export, transport) as link:
+                await readers_are(export, 1)
+                link.abort()
+            await readers_are(export, 0)
+        assert export.outcome is None
+        await pair.pull(export)
+        pair.assert_received(export)
+
+
+async def test_every_abort_leaves_the_exporter_as_it_was(transport: str) -> None:
+    """Either side leaves at any point of the hand-off: no export, no reader and no link stays."""
+    async with transfer_pair([transport]) as pair:
+        for computed in (0, 4, 12, 20):
+            for by_reader in (True, False):
+                export = pair.open(20, computed)
+                pull = pair.pulling(export)
+                await readers_are(export, 1)
+                if by_reader:
+                    pull.cancel()
+                else:
+                    export.abort("cancelled")
+                await asyncio.wait([pull])
+                await within(export.released())
+        assert pair.exporter.num_exports == 0
+        async with asyncio.timeout(10):
+            while pair.exporter._connections.num_links:
+                await asyncio.sleep(0.005)
+
+
+async def test_the_frame_of_another_export_of_the_same_worker_is_refused(transport: str) -> None:
+    """An index mix-up at the exporter: right digest, right layout, blocks of somebody else."""
+    frames: list[bytes] = []
+
+    def keep(frame: bytes) -> bytes:
+        frames.append(frame)
+        return frame
+
+    async with transfer_pair([transport], tap=keep) as pair:
+        await pair.pull(pair.finished(4))
+    recorded = frames[0]
+    async with transfer_pair([transport], tap=lambda _: recorded) as pair:
+        pair._keys = 1  # the next export is another request, on another link
+        assert (await failure(pair.pull(pair.finished(4)))).reason in {"digest", "epoch"}
+        pair.assert_target_untouched()

@@ -94,12 +94,21 @@ def test_workers_can_be_scaled() -> None:
         assert not {"container_name", "ports", "hostname", "volumes"} & services[role].keys()
 
 
-@pytest.mark.parametrize("service", ["redis", "gateway", "prefill", "decode"])
-def test_every_container_is_hardened_and_checked(service: str) -> None:
+@pytest.mark.parametrize("service", ["redis", "gateway", "prefill", "decode", "operator"])
+def test_every_container_is_hardened(service: str) -> None:
     spec = compose("docker-compose.yml")["services"][service]
     assert spec["security_opt"] == ["no-new-privileges:true"]
     assert spec["cap_drop"] == ["ALL"]
+    assert "cap_add" not in spec
     assert spec["read_only"] is True
+    assert spec["pids_limit"] > 0
+    assert spec["mem_limit"]
+    assert "privileged" not in spec
+
+
+@pytest.mark.parametrize("service", ["redis", "gateway", "prefill", "decode"])
+def test_every_service_is_checked(service: str) -> None:
+    spec = compose("docker-compose.yml")["services"][service]
     assert spec["healthcheck"]["test"]
     assert spec["stop_grace_period"]
 
@@ -111,12 +120,38 @@ def test_workers_stop_only_after_their_drain() -> None:
         assert grace > int(services[role]["environment"]["SLIPSTREAM_DRAIN_TIMEOUT_S"])
 
 
-def test_redis_keeps_what_it_is_told() -> None:
-    command = compose("docker-compose.yml")["services"]["redis"]["command"]
-    options = dict(zip(command[1::2], command[2::2], strict=True))
+def test_redis_keeps_what_it_is_told_and_lets_nobody_in_without_a_name() -> None:
+    """Its users are tried out in tests/integration/test_redis_users.py."""
+    *_, script = compose("docker-compose.yml")["services"]["redis"]["command"]
+    server = re.sub(r"\\\n", "", script[script.index("exec redis-server") :]).split()
+    options = dict(zip(server[2::2], server[3::2], strict=True))
     assert options["--maxmemory-policy"] == "noeviction"
     assert options["--appendonly"] == "yes"
-    assert options["--requirepass"].startswith("${REDIS_PASSWORD:-")
+    assert options["--aclfile"]
+    assert options["--maxmemory"]
+    assert "user default off" in script
+
+
+def test_redis_is_not_older_than_the_fixes_it_needs() -> None:
+    image, _, tag = compose("docker-compose.yml")["services"]["redis"]["image"].partition(":")
+    assert image == "redis"
+    assert tuple(map(int, tag.split("."))) >= (7, 4, 11)
+
+
+def test_each_role_has_a_redis_user_of_its_own() -> None:
+    services = compose("docker-compose.yml")["services"]
+    users = {
+        name: re.match(r"redis://(\w+):\$\{(\w+):-", service["environment"]["SLIPSTREAM_REDIS__URL"])
+        for name, service in services.items()
+        if name != "redis"
+    }
+    assert {name: match and match[1] for name, match in users.items()} == {
+        "gateway": "gateway",
+        "prefill": "worker",
+        "decode": "worker",
+        "operator": "operator",
+    }
+    assert len({match[2] for match in users.values() if match}) == 3
 
 
 def test_the_image_builds_with_a_classic_engine_and_runs_without_root() -> None:
@@ -139,7 +174,7 @@ def test_env_gets_a_secret_of_its_own_for_each_placeholder() -> None:
 def test_the_example_env_has_something_to_generate() -> None:
     filled = render((ROOT / ".env.example").read_text())
     assert not re.search(r"^[A-Z_]+=generate$", filled, re.MULTILINE)
-    assert len(re.findall(r"^[A-Z_]+=[0-9a-f]{48}$", filled, re.MULTILINE)) == 2
+    assert len(re.findall(r"^[A-Z_]+=[0-9a-f]{48}$", filled, re.MULTILINE)) == 4
 
 
 @pytest.mark.parametrize(
