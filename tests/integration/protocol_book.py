@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from redis.asyncio import Redis
@@ -21,6 +22,8 @@ from shared.bus.results import (
     Touched,
 )
 from shared.protocol.messages import Job, Tokens
+
+ORPHANED = "orphaned"
 
 
 class Violation(AssertionError):
@@ -51,6 +54,20 @@ class Book:
         answer = await self.store.cancel(request_id, "test", force=force, gateway=gateway)
         if answer == "ended":
             self.owners.pop(request_id, None)
+        return answer
+
+    async def orphan(self, request_id: str, gateway: str, living: Collection[str]) -> None:
+        """End a request whose gateway is gone, as a worker believes; nobody must hold it."""
+        held: Any = await self._client.hget(self.store.keys.request(request_id), "gw")
+        answer = await self.store.cancel(request_id, ORPHANED, force=True, gateway=gateway)
+        if answer == "ended":
+            if held.decode() in living:
+                raise Violation(f"{request_id} was ended as an orphan of {gateway}, but {held.decode()} holds it")
+            self.owners.pop(request_id, None)
+
+    async def stop(self, request_id: str, gateway: str, stops: dict[int, tuple[int, str]]) -> str:
+        answer = await self.store.cancel(request_id, "stop", upto=stops, gateway=gateway)
+        await self._forget_if_done(request_id)
         return answer
 
     async def repair(
