@@ -7,6 +7,7 @@ part they need (`EngineSettings`, `TransferSettings`, ...), never the whole.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -15,10 +16,18 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from shared.errors import ConfigurationError
+from shared.faultpoints import VARIABLE as FAULT_POINTS
+from shared.faultpoints import refuse_with_keys
 
 ENV_PREFIX = "SLIPSTREAM_"
 ENV_NESTED = "__"
 _NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+PRIVATE_NETWORKS = (
+    *("127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "169.254.0.0/16"),
+    *("::1/128", "fc00::/7", "fe80::/10"),
+)
+"""Loopback, private, shared (RFC 6598) and link-local addresses: nothing that is routed on the internet."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -68,6 +77,7 @@ class EngineSettings(_Section):
     enable_chunked_prefill: bool = True
     batch_invariant: bool = True
     threads: int | None = Field(default=None, ge=1, le=1024)
+    hang_timeout_s: float = Field(default=60.0, gt=0, le=86400)
 
     @field_validator("block_size")
     @classmethod
@@ -90,16 +100,19 @@ class EngineSettings(_Section):
 
 
 class TransferSettings(_Section):
-    """KV hand-off: transports in order of preference, where to listen, and its two deadlines."""
+    """KV hand-off: transports in order of preference, where to listen and to connect, and its two deadlines."""
 
     transports: Annotated[tuple[str, ...], NoDecode] = ("shm", "tcp")
     host: str = "127.0.0.1"
     advertise_host: str = ""
     port: int = Field(default=0, ge=0, le=65535)
+    advertise_port: int = Field(default=0, ge=0, le=65535)
     lease_s: float = Field(default=30.0, gt=0, le=3600)
     progress_timeout_s: float = Field(default=5.0, gt=0, le=600)
+    max_connections: int = Field(default=128, ge=1, le=10_000)
+    allowed_networks: Annotated[tuple[str, ...], NoDecode] = PRIVATE_NETWORKS
 
-    @field_validator("transports", mode="before")
+    @field_validator("transports", "allowed_networks", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return _split_commas(value)
@@ -111,6 +124,15 @@ class TransferSettings(_Section):
             raise ValueError("must name at least one transport, for example shm,tcp")
         return value
 
+    @field_validator("allowed_networks")
+    @classmethod
+    def _are_networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("must name at least one network, for example 10.0.0.0/8; 0.0.0.0/0,::/0 allows all")
+        for network in value:
+            ipaddress.ip_network(network)
+        return value
+
 
 class GatewaySettings(_Section):
     """The HTTP edge: where it listens and every limit it puts on clients."""
@@ -118,16 +140,23 @@ class GatewaySettings(_Section):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     max_body_bytes: int = Field(default=16 << 20, ge=1 << 10, le=1 << 30)
+    max_bodies_bytes: int = Field(default=256 << 20, ge=1 << 10, le=1 << 40)
     max_in_flight: int = Field(default=256, ge=1, le=100_000)
-    max_in_flight_per_key: int = Field(default=256, ge=1, le=100_000)
+    max_in_flight_per_key: int = Field(default=512, ge=1, le=100_000)
     max_queued: int = Field(default=1024, ge=1, le=1_000_000)
+    max_queued_per_key: int = Field(default=256, ge=1, le=1_000_000)
+    max_connections: int = Field(default=4096, ge=1, le=1_000_000)
     max_websockets: int = Field(default=100, ge=0, le=100_000)
+    max_websockets_per_key: int = Field(default=50, ge=0, le=100_000)
     max_prompts: int = Field(default=64, ge=1, le=1024)
     max_messages: int = Field(default=4096, ge=1, le=65536)
+    header_timeout_s: float = Field(default=10.0, gt=0, le=3600)
     body_timeout_s: float = Field(default=60.0, gt=0, le=3600)
     keepalive_timeout_s: float = Field(default=60.0, gt=0, le=3600)
     request_timeout_s: float = Field(default=600.0, gt=0, le=86400)
     stall_timeout_s: float = Field(default=30.0, gt=0, le=3600)
+    resume_ttl_s: float = Field(default=120.0, gt=0, le=86400)
+    resume_grace_s: float = Field(default=10.0, gt=0, le=3600)
     ping_s: float = Field(default=15.0, gt=0, le=600)
     text_threads: int = Field(default=2, ge=1, le=64)
     text_timeout_s: float = Field(default=10.0, gt=0, le=600)
@@ -152,6 +181,7 @@ class Settings(BaseSettings):
     served_model_name: str = Field(default="", max_length=256)
     chat_template: str = ""
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
+    api_keys_file: str = ""
     cluster_secret: SecretStr = SecretStr("")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "console", "json"] = "auto"
@@ -171,6 +201,11 @@ class Settings(BaseSettings):
         """The API keys in clear; empty means that no key is asked for."""
         return tuple(key.get_secret_value() for key in self.api_keys)
 
+    @property
+    def asks_for_keys(self) -> bool:
+        """Whether the gateway lets in only who has a key."""
+        return bool(self.api_keys or self.api_keys_file)
+
 
 def load_settings(**overrides: Any) -> Settings:
     """Read all settings; `overrides` (nested dicts, from flags) win over the environment.
@@ -178,7 +213,7 @@ def load_settings(**overrides: Any) -> Settings:
     Raises ConfigurationError naming the variable, never echoing a secret's value.
     """
     try:
-        return Settings(**overrides)
+        settings = Settings(**overrides)
     except ValidationError as exc:
         problems = "; ".join(
             f"{variable_name([str(part) for part in error['loc']])}: {error['msg']}" for error in exc.errors()
@@ -186,6 +221,8 @@ def load_settings(**overrides: Any) -> Settings:
         raise ConfigurationError(f"bad setting: {problems}") from None
     except ValueError as exc:  # pydantic-settings' SettingsError: JSON expected for a whole section
         raise ConfigurationError(f"bad setting: {exc}") from None
+    refuse_with_keys(bool(settings.api_keys or settings.api_keys_file))
+    return settings
 
 
 def variable_name(path: Sequence[str]) -> str:
@@ -210,6 +247,7 @@ def unknown_variables() -> list[str]:
     known = {variable_name(path) for path in setting_paths()} | {
         variable_name([name]) for name in Settings.model_fields
     }
+    known.add(FAULT_POINTS)
     return sorted(name for name in os.environ if name.upper().startswith(ENV_PREFIX) and name.upper() not in known)
 
 

@@ -41,7 +41,7 @@ class FakeWorker:
     """`async with FakeWorker(...) as worker`: `answer(job, choice)` gives each choice's tokens.
 
     A choice ends as its parameters say, or with "stop" after its last token. While `gate` is
-    cleared no token but the first of each choice is sent.
+    cleared only the first `pause_at` tokens of each choice are sent.
     """
 
     def __init__(self, url: str, keys: Keys, model: str, answer: AnswerOf, max_request_tokens: int = 4096) -> None:
@@ -53,11 +53,13 @@ class FakeWorker:
         self._tasks: list[asyncio.Task[None]] = []
         self.gate = asyncio.Event()
         self.gate.set()
+        self.pause_at = 1
         self.roles = ["prefill", "decode"]
         self.jobs: list[Job] = []
         self.ended: list[str] = []
         self.cancelled: list[str] = []
         self.fail_with: tuple[str, str] | None = None
+        self.max_num_seqs = 0
 
     async def __aenter__(self) -> Self:
         self._commands, self._reader = connect(self._url), connect_blocking(self._url)
@@ -95,6 +97,7 @@ class FakeWorker:
             layout="l",
             kv_tokens=self._max_request_tokens,
             max_request_tokens=self._max_request_tokens,
+            max_num_seqs=self.max_num_seqs,
         )
 
     async def _keep_beating(self) -> None:
@@ -119,7 +122,7 @@ class FakeWorker:
         outputs = [list(self._answer(begun.job, choice)) for choice in range(begun.job.params.n)]
         longest = max(map(len, outputs))
         for step in range(longest):
-            if step and not await self._may_go_on(begun.lease):
+            if step >= self.pause_at and not await self._may_go_on(begun.lease):
                 self.cancelled.append(request_id)
                 return
             appends = [self._append(begun, choice, ids, step) for choice, ids in enumerate(outputs) if step < len(ids)]

@@ -14,11 +14,13 @@ from typing import Any
 import aiohttp
 
 from services.gateway.app import LoadedModel, serve
+from services.gateway.gateway import Gateway
 from services.gateway.params import SamplingDefaults
-from services.gateway.routes import Gateway
+from shared.bus.stream import RequestStreams
 from shared.config import Settings, load_settings
 from shared.protocol.keys import Keys
 from shared.protocol.messages import Job
+from shared.tasks import end_tasks
 from shared.tokenizer.codec import TextCodec
 from shared.tokenizer.template import ChatTemplate, TemplateSource
 from tests.fake_worker import FakeWorker
@@ -84,6 +86,22 @@ class Rig:
             assert response.status == 200, await response.text()
             return read_events(await response.text())
 
+    async def resume(self, response_id: str, after: str = "", **options: Any) -> tuple[list[str], list[Any]]:
+        """(ids, data) of the rest of a stream."""
+        headers = {"Last-Event-ID": after} if after else {}
+        async with self.session.get(f"{self.url}/v1/streams/{response_id}", headers=headers, **options) as response:
+            assert response.status == 200, await response.text()
+            return read_events(await response.text())
+
+    async def die(self) -> None:
+        """As after SIGKILL: nothing is sent to Redis any more, and the heartbeat is gone (as when its time is over)."""
+        streams, cluster = self.gateway.streams, self.gateway.cluster
+        assert isinstance(streams, RequestStreams)
+        await end_tasks([*streams._loops.tasks, *streams._loops.recoveries])
+        streams._loops.tasks.clear()
+        cluster._registry.beat_gateway = _silent  # type: ignore[method-assign]
+        await cluster._registry.leave_gateway(cluster._gateway_id)
+
     def metric(self, name: str, **labels: str) -> float:
         """A sample's value, 0 when there is none."""
         return self.gateway.metrics.registry.get_sample_value(f"slipstream_{name}", labels) or 0.0
@@ -118,6 +136,24 @@ async def rig(
         aiohttp.ClientSession() as session,
     ):
         yield Rig(gateway, url, worker, session)
+
+
+async def _silent(gateway_id: str) -> None:
+    """A heartbeat that does not reach Redis."""
+
+
+@asynccontextmanager
+async def pair(
+    redis_url: str,
+    deployment: str,
+    answer: Callable[[Job, int], Sequence[int]] | None = None,
+    **settings: Any,
+) -> AsyncIterator[tuple[Rig, Rig]]:
+    """Two gateways of one deployment and the worker they share; each has a client session of its own."""
+    async with rig(redis_url, deployment, answer, **settings) as first:
+        loaded = make_settings(redis_url, deployment, **settings)
+        async with serve(loaded, make_model()) as (gateway, url), aiohttp.ClientSession() as session:
+            yield first, Rig(gateway, url, first.worker, session)
 
 
 def make_settings(redis_url: str, deployment: str, **overrides: Any) -> Settings:

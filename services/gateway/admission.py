@@ -1,72 +1,178 @@
-"""Slots for running requests: a bound on what is submitted, a short fair queue before it, no more.
+"""Slots for running requests: a bound on what is submitted, and a fair queue before it.
 
-Back-pressure towards clients happens here only. Keys take turns in the queue, so one key with a
-thousand requests waiting does not hold up another key's first one.
+Work streams in Redis are first come, first served, so whatever goes there in excess of what the workers can run makes
+the next key's request wait behind it. Hence the bound follows the workers (`resize`), the queue is kept here, and
+`fairness` says who is next. Back-pressure towards clients happens here only.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 
-from services.gateway.errors import RateLimited
-from shared.errors import InvalidRequest, Overloaded
+from services.gateway.errors import DeadlineExceeded, RateLimited
+from services.gateway.fairness import FairQueue, Ticket
+from services.gateway.pace import Pace
+from shared.errors import CapacityError, InvalidRequest, Overloaded
 
-_RETRY_AFTER_S = 2
+_Turn = asyncio.Future[None]
+_Waiter = tuple[int, _Turn]
 
 
-@dataclass(eq=False, slots=True)
-class _Waiter:
-    weight: int
-    ready: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one key may have: `weight` against other keys, and prompts served or waiting at once (None: as all)."""
+
+    weight: float = 1.0
+    max_in_flight: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionLimits:
+    """Bounds of one gateway, in prompts for those in flight and in requests for those in the queue."""
+
+    max_in_flight: int
+    max_per_key: int
+    max_queued: int
+    max_queued_per_key: int
+    max_wait_s: float
+
+
+def _alike(_key_id: str) -> Share:
+    return Share()
+
+
+def _unwatched(_seconds: float) -> None:
+    pass
 
 
 class Admission:
     """Counts slots in use, by key and in total. A request of k prompts takes k slots.
 
-    Owned by one event loop; every change happens between awaits.
+    Owned by one event loop; every change happens between awaits. `share_of` knows the keys, `on_wait` is told how
+    long each admitted request waited, in seconds.
     """
 
-    def __init__(self, max_in_flight: int, max_per_key: int, max_queued: int, max_wait_s: float) -> None:
-        self._max_in_flight = max_in_flight
-        self._max_per_key = max_per_key
-        self._max_queued = max_queued
-        self._max_wait_s = max_wait_s
+    def __init__(
+        self,
+        limits: AdmissionLimits,
+        share_of: Callable[[str], Share] = _alike,
+        on_wait: Callable[[float], None] = _unwatched,
+        pace: Pace | None = None,
+    ) -> None:
+        self._limits = limits
+        self._share_of = share_of
+        self._on_wait = on_wait
+        self._pace = pace or Pace()
+        self._queue: FairQueue[_Waiter] = FairQueue()
         self._held: Counter[str] = Counter()
-        self._queues: OrderedDict[str, deque[_Waiter]] = OrderedDict()
-        self.in_flight = 0
-        self.queued = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self.limit = limits.max_in_flight
+        self.in_flight = 0
+
+    @property
+    def queued(self) -> int:
+        return len(self._queue)
+
+    def resize(self, room: int | None) -> None:
+        """Follow the workers: let in at most `room` prompts at once; None when they do not say how many they run."""
+        self.limit = self._limits.max_in_flight if room is None else max(1, min(room, self._limits.max_in_flight))
+        self._admit()
+
+    def check(self, key_id: str) -> None:
+        """Refuse early what `slot` would refuse anyway. Raises RateLimited, Overloaded."""
+        self._check_key(key_id, 1, self._share_of(key_id))
+        if self._queue or self.in_flight >= self.limit:
+            self._check_queue(key_id)
 
     @asynccontextmanager
-    async def slot(self, key_id: str, weight: int = 1) -> AsyncIterator[None]:
-        """Hold `weight` slots; waits in turn when none is free.
+    async def slot(
+        self, key_id: str, weight: int = 1, *, cost: float = 0, priority: int = 0, wait_s: float | None = None
+    ) -> AsyncIterator[None]:
+        """Hold `weight` slots; waits for its turn when they are not free. `cost` (in tokens) is what the turn costs.
 
-        Raises RateLimited when the key has its share already, Overloaded when the queue is full or the
-        wait too long, InvalidRequest when it could never fit.
+        Raises RateLimited when the key has its share already, Overloaded when the queue is full, the wait too long
+        or longer than `wait_s` as far as can be told, DeadlineExceeded when `wait_s` is over, InvalidRequest when it
+        could never fit.
         """
-        limit = min(self._max_in_flight, self._max_per_key)
-        if weight > limit:
-            raise InvalidRequest(f"A request may have at most {limit} prompts here, it has {weight}.", "prompt")
-        if self._held[key_id] + weight > self._max_per_key:
-            raise RateLimited("Too many requests at once for this key; wait for one to end.", _RETRY_AFTER_S)
-        self._held[key_id] += weight
-        self._idle.clear()
-        try:
-            try:
-                async with asyncio.timeout(self._max_wait_s):
-                    await self._enter(key_id, weight)
-            except TimeoutError:
-                raise Overloaded("The server stayed full; try again in a moment.", _RETRY_AFTER_S) from None
+        share = self._share_of(key_id)
+        most = min(self._limits.max_in_flight, self._key_limit(share))
+        if weight > most:
+            raise InvalidRequest(f"A request may have at most {most} prompts here, it has {weight}.", "prompt")
+        self._check_key(key_id, weight, share)
+        if self._queue or not self._fits(weight):
+            self._check_queue(key_id)
+            self._check_wait(key_id, share, wait_s)
+        with self._counted(key_id, weight):
+            ticket = self._queue.push(
+                (weight, asyncio.get_running_loop().create_future()),
+                *(key_id, max(cost, weight), share.weight, priority),
+            )
+            self._admit()
+            await self._turn(ticket, wait_s)
             try:
                 yield
             finally:
                 self.in_flight -= weight
-                self._wake()
+                self._pace.count()
+                self._admit()
+
+    @asynccontextmanager
+    async def joined(self, key_id: str, weight: int = 1) -> AsyncIterator[None]:
+        """Count a reader of a generation that was admitted before; it never queues and takes no room from others.
+
+        Raises RateLimited when the key has its share already.
+        """
+        self._check_key(key_id, weight, self._share_of(key_id))
+        with self._counted(key_id, weight):
+            yield
+
+    def refuse_waiting(self, why: CapacityError) -> None:
+        """Send everybody in the queue away; who was let in stays."""
+        while (ticket := self._queue.peek()) is not None:
+            self._queue.pop()
+            _, turn = ticket.item
+            if not turn.done():
+                turn.set_exception(why)
+
+    async def wait_idle(self) -> None:
+        """Until nobody holds or waits for a slot, or reads a generation joined."""
+        await self._idle.wait()
+
+    def _check_key(self, key_id: str, weight: int, share: Share) -> None:
+        if self._held[key_id] + weight > self._key_limit(share):
+            retry_after = self._pace.retry_after(self._queue.waiting(key_id))
+            raise RateLimited("Too many requests at once for this key; wait for one to end.", retry_after)
+
+    def _check_queue(self, key_id: str) -> None:
+        waiting = self._queue.waiting(key_id)
+        if waiting >= self._limits.max_queued_per_key:
+            message = "Too many requests of this key are waiting; wait for one to end."
+            raise RateLimited(message, self._pace.retry_after(waiting))
+        if self.queued >= self._limits.max_queued:
+            raise Overloaded("The server is full; try again in a moment.", self._pace.retry_after(self.queued))
+
+    def _check_wait(self, key_id: str, share: Share, wait_s: float | None) -> None:
+        """Do not queue for nothing: a request that would be past its deadline is told now."""
+        ahead = self._queue.ahead(key_id, share.weight)
+        if wait_s is not None and self._pace.wait_s(ahead) > wait_s:
+            message = "The queue is longer than the request's timeout allows; try again later or allow more time."
+            raise Overloaded(message, self._pace.retry_after(ahead))
+
+    def _key_limit(self, share: Share) -> int:
+        return self._limits.max_per_key if share.max_in_flight is None else share.max_in_flight
+
+    @contextmanager
+    def _counted(self, key_id: str, weight: int) -> Iterator[None]:
+        self._held[key_id] += weight
+        self._idle.clear()
+        try:
+            yield
         finally:
             self._held[key_id] -= weight
             if not self._held[key_id]:
@@ -74,48 +180,43 @@ class Admission:
             if not self._held:
                 self._idle.set()
 
-    async def wait_idle(self) -> None:
-        """Until nobody holds or waits for a slot."""
-        await self._idle.wait()
-
-    async def _enter(self, key_id: str, weight: int) -> None:
-        if not self._queues and self.in_flight + weight <= self._max_in_flight:
-            self.in_flight += weight
-            return
-        if self.queued >= self._max_queued:
-            raise Overloaded("The server is full; try again in a moment.", _RETRY_AFTER_S)
-        waiter = _Waiter(weight)
-        self._queues.setdefault(key_id, deque()).append(waiter)
-        self.queued += 1
+    async def _turn(self, ticket: Ticket[_Waiter], wait_s: float | None) -> None:
+        """Wait until `_admit` has let the request in; on any failure it is out of queue and slots again."""
+        began = time.monotonic()
+        weight, turn = ticket.item
+        is_own = wait_s is not None and wait_s < self._limits.max_wait_s
         try:
-            await waiter.ready
-        except asyncio.CancelledError:
-            if waiter.ready.cancelled():
-                self._leave(key_id, waiter)
-            else:  # the slot was given and the caller left in the same moment
+            async with asyncio.timeout(wait_s if is_own else self._limits.max_wait_s):
+                await turn
+        except BaseException as exc:
+            self._queue.remove(ticket)
+            if was_let_in(turn):  # and the caller left in the same moment
                 self.in_flight -= weight
-            self._wake()
-            raise
+            self._admit()
+            if not isinstance(exc, TimeoutError):
+                raise
+            if is_own:
+                raise DeadlineExceeded("The request's timeout was over before there was room for it.") from None
+            raise Overloaded("The server stayed full; try again in a moment.", self._pace.retry_after(1)) from None
+        self._on_wait(time.monotonic() - began)
 
-    def _leave(self, key_id: str, waiter: _Waiter) -> None:
-        """Take a waiter out of the queue, wherever it stands; nothing happens when it is out already."""
-        queue = self._queues.get(key_id)
-        if queue is None or waiter not in queue:
-            return
-        queue.remove(waiter)
-        self.queued -= 1
-        if not queue:
-            del self._queues[key_id]
+    def _fits(self, weight: int) -> bool:
+        """A request of more prompts than the workers have room for now goes when nothing else runs."""
+        return self.in_flight + min(weight, self.limit) <= self.limit
 
-    def _wake(self) -> None:
-        """Let in whoever is next while there is room; keys take turns, each in its own order."""
-        while self._queues:
-            key_id, queue = next(iter(self._queues.items()))
-            waiter = queue[0]
-            if not waiter.ready.cancelled() and self.in_flight + waiter.weight > self._max_in_flight:
+    def _admit(self) -> None:
+        """Let in whoever is next while there is room. Nobody overtakes a request that waits for several slots."""
+        while (ticket := self._queue.peek()) is not None:
+            weight, turn = ticket.item
+            if turn.cancelled():
+                self._queue.remove(ticket)
+            elif self._fits(weight):
+                self._queue.pop()
+                self.in_flight += weight
+                turn.set_result(None)
+            else:
                 return
-            self._queues.move_to_end(key_id)
-            self._leave(key_id, waiter)
-            if not waiter.ready.cancelled():
-                self.in_flight += waiter.weight
-                waiter.ready.set_result(None)
+
+
+def was_let_in(turn: _Turn) -> bool:
+    return turn.done() and not turn.cancelled() and turn.exception() is None

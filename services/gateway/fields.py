@@ -7,27 +7,32 @@ uses, or raises InvalidRequest naming the field in the client's words (`messages
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from shared.errors import InvalidRequest
 from shared.protocol.sampling import MAX_LOGIT_BIAS
 
+MAX_PROMPTS = 1024
+"""No gateway takes more, so more are not even looked at; what it takes is a setting."""
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024
 MAX_BIAS = 100.0
 MAX_TOKEN_ID = 2**31 - 1
 MAX_TEMPLATE_KWARGS_BYTES = 16 * 1024
+MAX_TEMPLATE_KWARGS_DEPTH = 16
+
+STREAM_OPTIONS = frozenset({"include_usage", "continuous_usage_stats", "include_obfuscation"})
 
 Prompt = str | tuple[int, ...]
 Message = dict[str, str]
 
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
-_MEDIA_PARTS = frozenset(
+MEDIA_PARTS = frozenset(
     {"image_url", "input_image", "input_audio", "audio_url", "video_url", "file", "input_file", "image_embeds"}
 )
-_RESERVED_TEMPLATE_KWARGS = frozenset(
+RESERVED_TEMPLATE_KWARGS = frozenset(
     {
         *("messages", "add_generation_prompt", "continue_final_message", "tokenize", "chat_template", "tools"),
         *("documents", "bos_token", "eos_token", "raise_exception", "strftime_now", "conversation", "return_dict"),
@@ -76,7 +81,7 @@ def _check_content(item: Mapping[str, Any], at: str) -> str:
 
 def _check_part(part: Any, at: str, index: int) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
-    if isinstance(kind, str) and kind in _MEDIA_PARTS:
+    if isinstance(kind, str) and kind in MEDIA_PARTS:
         message = f"{at}[{index}]: this model reads text only, {kind} is not supported."
         raise InvalidRequest(message, f"{at}[{index}]", "unsupported_content")
     if not isinstance(kind, str) or kind not in _TEXT_PARTS:
@@ -93,6 +98,8 @@ def check_prompt(value: Any) -> tuple[Prompt, ...]:
     if not isinstance(value, list) or not value:
         raise InvalidRequest("prompt must be a string, a list of strings, token ids or lists of them.", "prompt")
     kinds = set(map(type, value))
+    if len(value) > MAX_PROMPTS and not kinds <= {int}:
+        raise InvalidRequest(f"prompt may hold at most {MAX_PROMPTS} prompts, it has {len(value)}.", "prompt")
     if kinds == {str}:
         prompts: tuple[Prompt, ...] = tuple(value)
     elif kinds == {list}:
@@ -155,11 +162,33 @@ def check_template_kwargs(value: Any) -> dict[str, Any]:
     param = "chat_template_kwargs"
     if not isinstance(value, dict):
         raise InvalidRequest(f"{param} must be an object.", param)
-    reserved = sorted(_RESERVED_TEMPLATE_KWARGS & value.keys())
+    reserved = sorted(RESERVED_TEMPLATE_KWARGS & value.keys())
     if reserved:
         raise InvalidRequest(f"{param} may not set {', '.join(reserved)}.", param)
+    if not all(name.isidentifier() and not name.startswith("_") for name in value):
+        raise InvalidRequest(f"{param}: each name must be an identifier that does not begin with _.", param)
+    if not _is_nested_at_most(value.values(), MAX_TEMPLATE_KWARGS_DEPTH):
+        raise InvalidRequest(f"{param} may be nested at most {MAX_TEMPLATE_KWARGS_DEPTH} levels deep.", param)
     if len(json.dumps(value)) > MAX_TEMPLATE_KWARGS_BYTES:
         raise InvalidRequest(f"{param} may have at most {MAX_TEMPLATE_KWARGS_BYTES} bytes.", param)
+    return value
+
+
+def _is_nested_at_most(values: Iterable[Any], depth: int) -> bool:
+    """Whether lists and objects stand at most `depth` deep in each other; recursion is bounded by `depth` too."""
+    for value in values:
+        if isinstance(value, list | dict):
+            inner = value.values() if isinstance(value, dict) else value
+            if depth == 0 or not _is_nested_at_most(inner, depth - 1):
+                return False
+    return True
+
+
+def check_stream_options(value: Any) -> Any:
+    """The options by name, so that a refusal need not repeat the client's; their values are checked later."""
+    if isinstance(value, dict) and not value.keys() <= STREAM_OPTIONS:
+        known = ", ".join(sorted(STREAM_OPTIONS))
+        raise InvalidRequest(f"stream_options holds an unknown option; known are {known}.", "stream_options")
     return value
 
 

@@ -1,129 +1,68 @@
-"""One client request while it is generated: its jobs on the bus, and the text that comes of them.
+"""One answer while it is generated: its jobs on the bus, and the text that comes of them.
 
-A request of k prompts is k jobs of n choices each; choice c of prompt p is choice p·n + c to the
-client. Whatever way it ends, leaving the context cancels what is still running.
+An answer to k prompts is k jobs of n choices each; choice c of prompt p is choice p·n + c to the
+client. Tokens become text the same way whoever reads them and however they are grouped: what is
+shown after token t depends on the tokens up to t only. So a client may go on from any event at any
+gateway. Whatever way it ends, leaving the context leaves the jobs, and the last to leave cancels.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
 import structlog
 
-from services.gateway.errors import GenerationFailed
-from services.gateway.metrics import GatewayMetrics
-from shared.bus.stream import StreamHandle
-from shared.protocol.messages import FINISH_LENGTH, FINISH_STOP, OUTCOME_FINISHED, End, Job, TokenLogprob, Tokens, Usage
-from shared.tokenizer.detokenizer import ChoiceText
+from services.gateway.choices import ChoiceOutput, Delta, TextRules
+from services.gateway.errors import GenerationFailed, StreamNotFound
+from services.gateway.metering import TokenMeter
+from shared import faultpoints
+from shared.bus.handle import StreamReader
+from shared.protocol.messages import OUTCOME_FINISHED, End, Job, TokenLogprob, Tokens, Usage
+from shared.protocol.position import START, Position, Standing
+
+MAX_INBOX = 256
+"""Events taken ahead of a client that reads slowly; the rest stays with the bus."""
 
 _log = structlog.get_logger()
 
+Readers = AsyncGenerator[StreamReader, None]
 
-class JobOpener(Protocol):
+
+class Streams(Protocol):
     """What is needed of `RequestStreams`."""
 
-    async def open(self, job: Job) -> StreamHandle:
+    async def open(self, job: Job, *, detachable: bool = False) -> StreamReader:
         """Submit a job. Raises BusUnavailable."""
 
+    async def attach(self, request_id: str, *, detachable: bool = False) -> StreamReader | None:
+        """Join a job from its first event on; None: unknown. Raises BusUnavailable."""
 
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What one journal entry adds to one choice. `event_id` names the entry; `scores` one per token id."""
+    async def standing(self, request_id: str, num_choices: int, after: Position) -> Standing | None:
+        """Whether a client that has come to `after` can go on; None: unknown. Raises BusUnavailable."""
 
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    event_id: str
-    scores: tuple[TokenLogprob, ...] = ()
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None
+    def let_go(self) -> int:
+        """End every stream here without cancelling its job."""
 
 
-@dataclass(frozen=True, slots=True)
-class TextRules:
-    """How the tokens of a request become its text; `scores_only`: the client wants none of them."""
-
-    eos_ids: frozenset[int]
-    include_stop: bool
-    wants_every_token: bool
-    scores_only: bool
-    new_text: Callable[[], ChoiceText]
+async def submitted(jobs: Sequence[Job], streams: Streams, meter: TokenMeter, detachable: bool = False) -> Readers:
+    """Submit jobs one by one. Raises BusUnavailable."""
+    for job in jobs:
+        yield await streams.open(job, detachable=detachable)
+        meter.submitted(job)
 
 
-class ChoiceOutput:
-    """One choice as it grows; turns its Tokens into Deltas and knows where it ended."""
-
-    def __init__(self, index: int, job: Job, rules: TextRules) -> None:
-        self._index = index
-        self._stop_ids = frozenset(job.params.stop_ids)
-        self._rules = rules
-        self._text = rules.new_text()
-        self.num_tokens = 0
-        self.finished = False
-        self.stopped_at: int | None = None
-        self.last_token_at: float | None = None
-
-    def push(self, event: Tokens, event_id: str) -> Delta | None:
-        """Take an entry of this choice; None when there is nothing to show for it."""
-        if self.finished:
-            return None
-        delta = self._text.push(self._visible(event))
-        text, stopped = delta.text, delta.stopped
-        if stopped is None and event.finish is not None:
-            tail = self._text.flush()
-            text, stopped = text + tail.text, tail.stopped
-        if stopped is not None:
-            shown = event.tokens[: delta.num_tokens - self.num_tokens]
-            if event.finish is None:
-                self.stopped_at = delta.num_tokens
-            return self._delta(event, event_id, shown, text, FINISH_STOP, stopped)
-        return self._delta(event, event_id, event.tokens, text, event.finish, self._stop_reason(event))
-
-    def _visible(self, event: Tokens) -> tuple[int, ...]:
-        """The tokens that are text: all but the stop token that ended the choice."""
-        ends_in_stop = event.finish == FINISH_STOP and event.tokens and event.tokens[-1] in self._stop_ids
-        return event.tokens[:-1] if ends_in_stop and not self._rules.include_stop else event.tokens
-
-    def _delta(
-        self,
-        event: Tokens,
-        event_id: str,
-        shown: tuple[int, ...],
-        text: str,
-        finish: str | None,
-        stop_reason: str | int | None,
-    ) -> Delta | None:
-        self.finished = finish is not None
-        if self._rules.scores_only:
-            return Delta(self._index, "", (), event_id, (), FINISH_LENGTH) if self.finished else None
-        self.num_tokens += len(shown)
-        if not text and finish is None and not (shown and self._rules.wants_every_token):
-            return None
-        return Delta(self._index, text, shown, event_id, event.logprobs[: len(shown)], finish, stop_reason)
-
-    def _stop_reason(self, event: Tokens) -> int | None:
-        """The stop token the client asked for; None for the model's own end of sequence, as vLLM does."""
-        if event.finish != FINISH_STOP or not event.tokens or event.tokens[-1] in self._rules.eos_ids:
-            return None
-        return event.tokens[-1]
-
-
-class _JobOutput:
-    """One job: its handle, its choices and, once it ended, how it was served."""
-
-    def __init__(self, position: int, job: Job, handle: StreamHandle, rules: TextRules) -> None:
-        n = job.params.n
-        self.position = position
-        self.job = job
-        self.handle = handle
-        self.choices = [ChoiceOutput(position * n + c, job, rules) for c in range(n)]
-        self.prompt_scores: tuple[TokenLogprob | None, ...] = ()
-        self.end: End | None = None
+async def attached(request_ids: Sequence[str], streams: Streams, detachable: bool = False) -> Readers:
+    """Join jobs that were submitted before. Raises StreamNotFound and BusUnavailable."""
+    for request_id in request_ids:
+        reader = await streams.attach(request_id, detachable=detachable)
+        if reader is None:
+            raise StreamNotFound("This stream is not known here any more.")
+        yield reader
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,29 +74,48 @@ class UsageTotals:
     served: tuple[Usage, ...]
 
 
-class Generation:
-    """Async context manager: submits on entry, cancels what has not ended on exit."""
+class _JobOutput:
+    """One job: its reader, its choices and, once it ended, how it was served.
 
-    def __init__(self, jobs: tuple[Job, ...], opener: JobOpener, rules: TextRules, metrics: GatewayMetrics) -> None:
-        self._jobs = jobs
-        self._opener = opener
+    `after` is what the client has already, `position` what it has with all that was taken here.
+    """
+
+    def __init__(self, first_index: int, reader: StreamReader, rules: TextRules, after: Position) -> None:
+        self.reader = reader
+        self.job = reader.job
+        self.after = self.position = after
+        self.choices = [ChoiceOutput(first_index + c, reader.job, rules) for c in range(reader.job.params.n)]
+        self.prompt_scores: tuple[TokenLogprob | None, ...] = ()
+        self.end: End | None = None
+
+
+_Item = tuple[_JobOutput, Position, Tokens | End | Exception]
+
+
+class Generation:
+    """Async context manager: takes its readers on entry, leaves them on exit.
+
+    `after`: what the client has already, one position a job; nothing when it begins.
+    """
+
+    def __init__(
+        self, readers: Readers, rules: TextRules, meter: TokenMeter | None = None, after: Sequence[Position] = ()
+    ) -> None:
+        self._readers = readers
         self._rules = rules
-        self._metrics = metrics
-        self._started = time.monotonic()
-        self._first = True
+        self._meter = meter
+        self._after = after
         self._outputs: list[_JobOutput] = []
-        self._inbox: asyncio.Queue[tuple[_JobOutput, str, Tokens | End | Exception]] = asyncio.Queue()
+        self._inbox: asyncio.Queue[_Item] = asyncio.Queue(MAX_INBOX)
         self._pumps: list[asyncio.Task[None]] = []
-        self.last_event_id = ""
+        self._failure: Exception | None = None
+        self._is_first = True
 
     async def __aenter__(self) -> Self:
         try:
-            for position, job in enumerate(self._jobs):
-                handle = await self._opener.open(job)
-                output = _JobOutput(position, job, handle, self._rules)
-                self._outputs.append(output)
-                self._pumps.append(asyncio.create_task(self._pump(output)))
-                self._metrics.prompt_tokens.inc(len(job.prompt_ids))
+            async with aclosing(self._readers) as readers:
+                async for reader in readers:
+                    self._add(reader)
         except BaseException:
             await self._stop("submit_failed")
             raise
@@ -171,9 +129,9 @@ class Generation:
     async def next(self, timeout_s: float) -> list[Delta] | None:
         """The deltas that are there, at least one; [] after `timeout_s` without any, None at the end.
 
-        Raises GenerationFailed when a job ends without finishing.
+        Raises GenerationFailed when a job ends without finishing, after everything before that was given out.
         """
-        while not self._ended:
+        while self._failure is None and not self._ended:
             try:
                 async with asyncio.timeout(timeout_s):
                     items = [await self._inbox.get()]
@@ -181,15 +139,41 @@ class Generation:
                 return []
             while not self._inbox.empty():
                 items.append(self._inbox.get_nowait())
-            deltas = [delta for item in items if (delta := await self._take(*item)) is not None]
+            deltas = await self._take_all(items)
             if deltas:
                 return deltas
+        if self._failure is not None:
+            raise self._failure
         return None
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        return tuple(output.job for output in self._outputs)
+
+    @property
+    def last_event_id(self) -> str:
+        """How far the client has come with everything that was taken: every job's position, commas between."""
+        return ",".join(str(output.position) for output in self._outputs)
+
+    @property
+    def is_resumed(self) -> bool:
+        """The client had begun to read it before."""
+        return bool(self._after)
+
+    @property
+    def is_all_known(self) -> bool:
+        """The client had everything to the very end before it resumed."""
+        return bool(self._after) and all(output.position == output.after for output in self._outputs)
+
+    @property
+    def was_abandoned(self) -> bool:
+        """A job was cancelled because nobody read it; known as soon as the readers are there."""
+        return any(output.reader.was_abandoned for output in self._outputs)
 
     def usage(self) -> UsageTotals:
         """Counts so far; complete once `next` answered None."""
         return UsageTotals(
-            prompt_tokens=sum(len(job.prompt_ids) for job in self._jobs),
+            prompt_tokens=sum(len(output.job.prompt_ids) for output in self._outputs),
             completion_tokens=sum(choice.num_tokens for output in self._outputs for choice in output.choices),
             served=tuple(output.end.usage for output in self._outputs if output.end is not None),
         )
@@ -202,54 +186,72 @@ class Generation:
     def _ended(self) -> bool:
         return all(output.end is not None for output in self._outputs)
 
+    def _add(self, reader: StreamReader) -> None:
+        number = len(self._outputs)
+        after = self._after[number] if self._after else START
+        first_index = sum(len(output.choices) for output in self._outputs)
+        self._outputs.append(_JobOutput(first_index, reader, self._rules, after))
+        self._pumps.append(asyncio.create_task(self._pump(self._outputs[number])))
+
     async def _pump(self, output: _JobOutput) -> None:
         """Move events into the one inbox, so that all that are there can be written at once."""
         try:
-            async for event in output.handle:
-                self._inbox.put_nowait((output, output.handle.last_event_id, event))
+            async for event in output.reader:
+                await self._inbox.put((output, output.reader.position, event))
         except Exception as exc:
-            self._inbox.put_nowait((output, "", exc))
+            await self._inbox.put((output, output.position, exc))
 
-    async def _take(self, output: _JobOutput, event_id: str, event: Tokens | End | Exception) -> Delta | None:
+    async def _take_all(self, items: Sequence[_Item]) -> list[Delta]:
+        """Deltas of all items up to one that fails; the failure is raised once they were given out."""
+        deltas: list[Delta] = []
+        for item in items:
+            try:
+                delta = await self._take(*item)
+            except Exception as exc:
+                self._failure = exc
+                break
+            if delta is not None:
+                deltas.append(delta)
+        return deltas
+
+    async def _take(self, output: _JobOutput, position: Position, event: Tokens | End | Exception) -> Delta | None:
         if isinstance(event, Exception):
             raise event
-        self.last_event_id = self._name(output, event_id)
         if isinstance(event, End):
-            output.end = event
-            self._metrics.observe_usage(event.usage)
-            if event.outcome != OUTCOME_FINISHED and not all(choice.finished for choice in output.choices):
-                raise GenerationFailed(event)
+            self._end(output, event)
+            output.position = max(output.position, position)
             return None
+        output.position = max(output.position, position)
         if event.prompt_logprobs:
             output.prompt_scores = event.prompt_logprobs
         choice = output.choices[event.choice]
         self._observe(choice, len(event.tokens))
-        delta = choice.push(event, self.last_event_id)
+        delta = choice.push(event, self.last_event_id, position <= output.after)
         if choice.stopped_at is not None:
-            await output.handle.cancel("stop_string", upto={event.choice: choice.stopped_at})
+            await output.reader.cancel("stop_string", upto={event.choice: choice.stopped_at})
             choice.stopped_at = None
         return delta
+
+    def _end(self, output: _JobOutput, end: End) -> None:
+        output.end = end
+        if self._meter is not None:
+            self._meter.ended(end)
+        if end.outcome != OUTCOME_FINISHED and not all(choice.finished for choice in output.choices):
+            raise GenerationFailed(end)
 
     def _observe(self, choice: ChoiceOutput, num_tokens: int) -> None:
         if not num_tokens or choice.finished:
             return
-        now = time.monotonic()
-        if self._first:
-            self._first = False
-            self._metrics.ttft.observe(now - self._started)
-        if choice.last_token_at is not None:
-            self._metrics.itl.observe((now - choice.last_token_at) / num_tokens)
-        choice.last_token_at = now
-        self._metrics.generation_tokens.inc(num_tokens)
-
-    def _name(self, output: _JobOutput, event_id: str) -> str:
-        """The journal id; with several jobs, the job's position before it."""
-        return event_id if len(self._jobs) == 1 else f"{output.position}:{event_id}"
+        if self._is_first:
+            self._is_first = False
+            faultpoints.fault_point("gateway.first_event")
+        if self._meter is not None:
+            self._meter.tokens(choice.index, num_tokens)
 
     async def _stop(self, reason: str) -> None:
         for pump in self._pumps:
             pump.cancel()
         for output in self._outputs:
             if output.end is None:
-                await output.handle.cancel(reason, force=True)
-                _log.info("request_cancelled", request_id=output.job.request_id, reason=reason)
+                _log.info("request_left", request_id=output.job.request_id, reason=reason)
+            output.reader.leave(reason)

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import structlog
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from services.gateway.params import Limits
 from shared.bus.registry import Registry
@@ -19,6 +21,8 @@ from shared.protocol.keys import ROLES
 from shared.protocol.messages import WorkerBeat
 
 _READY = "ready"
+_HEADROOM = 1.25
+"""Prompts let in for each sequence the decode workers can run: the rest are being prefilled meanwhile."""
 
 _log = structlog.get_logger()
 
@@ -33,8 +37,15 @@ class ClusterView:
         self._interval_s = interval_s
         self._ttl_s = ttl_s
         self._seen_at: float | None = None
+        self._listeners: list[Callable[[], None]] = []
         self.beats: tuple[WorkerBeat, ...] = ()
+        self.num_gateways = 1
+        self.refused = ""
         self.draining = False
+
+    def on_refresh(self, listener: Callable[[], None]) -> None:
+        """Call `listener` after each refresh that read the workers' beats."""
+        self._listeners.append(listener)
 
     async def run(self) -> None:
         """Refresh for ever; ends by cancellation only."""
@@ -48,11 +59,26 @@ class ClusterView:
                 _log.exception("cluster_view_failed")
 
     async def refresh(self) -> None:
-        """Beat once and read all workers' beats. Raises redis errors."""
-        await self._registry.beat_gateway(self._gateway_id)
+        """Beat once and read all workers' beats. Raises redis errors.
+
+        A Redis that refuses the beat (out of memory, read-only, disk full) would refuse a request as well.
+        """
+        try:
+            await self._registry.beat_gateway(self._gateway_id)
+            self._note_writes("")
+        except ResponseError as exc:
+            self._note_writes(type(exc).__name__)
         live = await self._registry.live()
+        self.num_gateways = max(1, len(await self._registry.live_gateways()))
         self.beats = tuple(beat for beat in live if beat.model == self._model)
         self._seen_at = time.monotonic()
+        for listener in self._listeners:
+            listener()
+
+    def _note_writes(self, refused: str) -> None:
+        if refused != self.refused:
+            _log.warning("redis_writes_refused" if refused else "redis_writes_accepted", error=refused or self.refused)
+        self.refused = refused
 
     async def leave(self) -> None:
         """Take the gateway off the list at the end of its drain; without Redis the heartbeat just expires."""
@@ -75,12 +101,16 @@ class ClusterView:
             return ["the gateway is draining"]
         if not self.redis_answers:
             return ["Redis does not answer"]
+        if self.refused:
+            return ["Redis cannot be written"]
         return [f"no {role} worker is ready" for role in ROLES if not self.ready(role)]
 
     def require_ready(self) -> None:
         """Raises BusUnavailable or NoWorkers when a new request could not be served."""
         if not self.redis_answers:
             raise BusUnavailable("The server cannot reach its queue; try again in a moment.", retry_after=2)
+        if self.refused:
+            raise BusUnavailable("The server cannot write to its queue; try again in a moment.", retry_after=5)
         missing = [role for role in ROLES if not self.ready(role)]
         if missing:
             raise NoWorkers(f"No {' and no '.join(missing)} worker is ready; try again in a moment.", retry_after=2)
@@ -89,6 +119,13 @@ class ClusterView:
         """Bounds of a request that every ready worker can hold: any of them may claim it, or take it over later."""
         rooms = [beat.max_request_tokens for role in ROLES for beat in self.ready(role)]
         return Limits(context=min([max_model_len, *rooms]), vocab_size=vocab_size)
+
+    def room(self) -> int | None:
+        """Prompts this gateway may have running, its part of what the decode workers can; None: they do not say."""
+        sizes = [beat.max_num_seqs for beat in self.ready("decode")]
+        if not sizes or 0 in sizes:
+            return None
+        return math.ceil(_HEADROOM * sum(sizes) / self.num_gateways)
 
     def report(self) -> dict[str, Any]:
         """Body of /health."""
@@ -100,6 +137,6 @@ class ClusterView:
         return {
             "status": "unavailable" if reasons else "ok",
             "reasons": reasons,
-            "redis": self.redis_answers,
+            "redis": self.redis_answers and not self.refused,
             "workers": workers,
         }

@@ -15,6 +15,7 @@ OUTCOME_REJECTED = "rejected"
 
 _TTFT_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 51.2)
 _ITL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12)
+_WAIT_BUCKETS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 _E2E_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 
 
@@ -31,7 +32,16 @@ class GatewayMetrics(MetricSet):
         self.outcomes = self.counter("requests_total", "Generation requests ended, by outcome.", "route", "outcome")
         self.in_flight = self.gauge("requests_in_flight", "Generation requests being handled.")
         self.queued = self.gauge("requests_queued", "Requests waiting for a slot in this gateway.")
+        self.admission_limit = self.gauge("admission_limit", "Prompts let in at once now.")
+        self.admission_wait = self.histogram(
+            "admission_wait_seconds", "From asking for a place to getting it.", _WAIT_BUCKETS
+        )
+        self.connections = self.gauge("connections_open", "Open client connections.")
         self.rejections = self.counter("rejections_total", "Requests refused, by error code.", "reason")
+        self.idempotent_joins = self.counter(
+            "idempotent_joins_total", "Generation requests that joined the one their Idempotency-Key stands for."
+        )
+        self.resumes = self.counter("stream_resumes_total", "Requests to read a stream on, by outcome.", "outcome")
         self.responses = self.counter("http_responses_total", "HTTP responses.", "route", "status")
         self.websockets = self.gauge("websockets_open", "Open WebSockets.")
         self.ttft = self.histogram("time_to_first_token_seconds", "Arrival to first token.", _TTFT_BUCKETS)

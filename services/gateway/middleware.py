@@ -16,6 +16,8 @@ from services.gateway.sse import STREAM_KEY
 from shared.errors import CapacityError
 
 KEY_ID = web.RequestKey("key_id", str)
+ANSWER_HEADERS = web.RequestKey("answer_headers", dict)
+"""Headers of whatever answers the request, errors included, as soon as a route knows them."""
 OPEN_ROUTES = frozenset({"/live", "/health"})
 
 _REQUEST_ID = web.RequestKey("request_id", str)
@@ -37,6 +39,7 @@ def request_id_of(request: web.Request) -> str:
 async def add_request_id(request: web.Request, response: web.StreamResponse) -> None:
     """`on_response_prepare`: streams and WebSockets get the header too."""
     response.headers[_HEADER] = request_id_of(request)
+    response.headers.update(request.get(ANSWER_HEADERS, {}))
 
 
 def make_error_middleware(metrics: GatewayMetrics) -> Middleware:

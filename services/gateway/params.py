@@ -82,6 +82,11 @@ def scores_only(body: ChatBody | CompletionBody) -> bool:
     return body.tokens_wanted == 0
 
 
+def worker_priority(priority: int, key_id: str) -> int:
+    """Priority on the workers, where requests of all keys meet: among keys nobody may put itself before the others."""
+    return max(0, priority) if key_id else priority
+
+
 def _max_tokens(body: ChatBody | CompletionBody, prompt_len: int, limits: Limits) -> int:
     param = "messages" if isinstance(body, ChatBody) else "prompt"
     if prompt_len >= limits.context:

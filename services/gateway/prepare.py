@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from services.gateway.auth import tenant_of
 from services.gateway.health import ClusterView
-from services.gateway.params import SamplingDefaults, resolve_params
+from services.gateway.params import SamplingDefaults, resolve_params, worker_priority
+from services.gateway.presentation import Presentation
 from services.gateway.schemas import Body, ChatBody, CompletionBody
 from services.gateway.text import TextService
 from shared.errors import InvalidRequest, ModelNotFound
@@ -29,13 +30,17 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A request ready to be submitted; `prompt_texts` are filled for `echo` only."""
+    """A request ready to be submitted, or one that was: an answer's jobs and how they are shown."""
 
     response_id: str
     created: int
-    body: ChatBody | CompletionBody
+    shown: Presentation
     jobs: tuple[Job, ...]
-    prompt_texts: tuple[str, ...] = ()
+
+    @property
+    def cost(self) -> int:
+        """Tokens to compute at most."""
+        return sum(len(job.prompt_ids) + job.params.max_tokens * job.params.n for job in self.jobs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +74,7 @@ class Planner:
     def check_model(self, body: Body) -> None:
         """Raises ModelNotFound unless the body names this model or none."""
         if body.model is not None and body.model != self.model.name:
-            message = f"The model {body.model[:100]!r} does not exist here; this server has {self.model.name!r}."
-            raise ModelNotFound(message, "model")
+            raise ModelNotFound(f"This model does not exist here; the server has {self.model.name!r}.", "model")
 
     async def plan(self, body: ChatBody | CompletionBody, key_id: str) -> Plan:
         """Raises RequestError, and CapacityError when no worker could take the request."""
@@ -84,7 +88,7 @@ class Planner:
         jobs = tuple(self._job(body, ids, key_id) for ids in prompts)
         prefix = "chatcmpl-" if isinstance(body, ChatBody) else "cmpl-"
         texts = await self._echo_texts(body, prompts) if isinstance(body, CompletionBody) and body.echo else ()
-        return Plan(prefix + uuid.uuid4().hex, int(time.time()), body, jobs, texts)
+        return Plan(prefix + uuid.uuid4().hex, int(time.time()), Presentation.of(body, texts), jobs)
 
     def check_messages(self, count: int) -> None:
         """Raises InvalidRequest beyond the bound on messages."""
@@ -119,6 +123,6 @@ class Planner:
             prefill_stream=self._keys.work("prefill", self.model.name),
             decode_stream=self._keys.work("decode", self.model.name),
             tenant=tenant_of(key_id, body.cache_salt),
-            priority=body.priority,
+            priority=worker_priority(body.priority, key_id),
             budget_ms=self._limits.budget_ms,
         )

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from services.gateway.generation import Delta, UsageTotals
+from services.gateway.choices import Delta
+from services.gateway.generation import UsageTotals
 from services.gateway.prepare import Plan
-from services.gateway.schemas import ChatBody
+from services.gateway.presentation import CHAT
 from shared.protocol.messages import PATH_RECOMPUTE, TokenLogprob, Usage
 from shared.tokenizer.codec import TextCodec
 
@@ -65,7 +66,7 @@ class ResponseFormat(Protocol):
 
 
 def make_format(plan: Plan, model: str, codec: TextCodec) -> ResponseFormat:
-    return ChatFormat(plan, model, codec) if isinstance(plan.body, ChatBody) else CompletionFormat(plan, model, codec)
+    return ChatFormat(plan, model, codec) if plan.shown.kind == CHAT else CompletionFormat(plan, model, codec)
 
 
 def usage_object(usage: UsageTotals) -> dict[str, Any]:
@@ -110,7 +111,7 @@ class _ChunkWriter:
         self._head = (
             f'{{"id":"{plan.response_id}","object":"{kind}","created":{plan.created},"model":{dumps(model)},"choices":['
         )
-        self._null_usage = ',"usage":null' if plan.body.include_usage else ""
+        self._null_usage = ',"usage":null' if plan.shown.include_usage else ""
 
     def choice(self, choice: str, usage: UsageTotals | None = None, extra: str = "") -> str:
         tail = self._null_usage if usage is None else f',"usage":{dumps(usage_object(usage))}'
@@ -131,10 +132,10 @@ class ChatFormat:
 
     def opening(self) -> list[str]:
         extra = ""
-        if self._plan.body.return_token_ids:
+        if self._plan.shown.return_token_ids:
             extra = f',"prompt_token_ids":{dumps(list(self._plan.jobs[0].prompt_ids))}'
         delta = '"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
-        return [self._writer.choice(f'{{"index":{index},{delta}}}', extra=extra) for index in range(self._plan.body.n)]
+        return [self._writer.choice(f'{{"index":{index},{delta}}}', extra=extra) for index in range(self._plan.shown.n)]
 
     def chunk(self, delta: Delta, usage: UsageTotals | None) -> str:
         content = f'{{"content":{dumps(delta.text)}}}' if delta.text or delta.finish_reason is None else "{}"
@@ -157,14 +158,14 @@ class ChatFormat:
             "choices": [self._choice(index, answer) for index, answer in enumerate(answers)],
             "usage": usage_object(usage),
         }
-        if self._plan.body.prompt_logprobs is not None:
+        if self._plan.shown.prompt_logprobs:
             body["prompt_logprobs"] = prompt_logprobs(self._codec, self._plan.jobs[0].prompt_ids, prompt_scores[0])
-        if self._plan.body.return_token_ids:
+        if self._plan.shown.return_token_ids:
             body["prompt_token_ids"] = list(self._plan.jobs[0].prompt_ids)
         return body
 
     def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
-        wants = self._plan.body.logprobs_wanted is not None
+        wants = self._plan.shown.logprobs
         choice: dict[str, Any] = {
             "index": index,
             "message": {"role": "assistant", "content": "".join(answer.texts), "refusal": None},
@@ -172,7 +173,7 @@ class ChatFormat:
             "finish_reason": answer.finish_reason,
             "stop_reason": answer.stop_reason,
         }
-        if self._plan.body.return_token_ids:
+        if self._plan.shown.return_token_ids:
             choice["token_ids"] = answer.token_ids
         return choice
 
@@ -198,10 +199,10 @@ class CompletionFormat:
         self._model = model
         self._codec = codec
         self._writer = _ChunkWriter(plan, "text_completion", model)
-        self._offsets = [len(self._echo(index)) for index in range(len(plan.jobs) * plan.body.n)]
+        self._offsets = [len(self._echo(index)) for index in range(len(plan.jobs) * plan.shown.n)]
 
     def opening(self) -> list[str]:
-        if not self._plan.prompt_texts:
+        if not self._plan.shown.echo_texts:
             return []
         return [
             self._writer.choice(
@@ -233,15 +234,15 @@ class CompletionFormat:
             **{"id": self._plan.response_id, "object": "text_completion", "created": self._plan.created},
             **{"model": self._model, "system_fingerprint": None},
             "choices": [
-                self._choice(index, answer, prompt_scores[index // self._plan.body.n])
+                self._choice(index, answer, prompt_scores[index // self._plan.shown.n])
                 for index, answer in enumerate(answers)
             ],
             "usage": usage_object(usage),
         }
 
     def _choice(self, index: int, answer: Answer, prompt_scores: Sequence[TokenLogprob | None]) -> dict[str, Any]:
-        body = self._plan.body
-        ids = self._plan.jobs[index // body.n].prompt_ids
+        presentation = self._plan.shown
+        ids = self._plan.jobs[index // presentation.n].prompt_ids
         choice: dict[str, Any] = {
             "index": index,
             "text": self._echo(index) + "".join(answer.texts),
@@ -249,9 +250,9 @@ class CompletionFormat:
             "finish_reason": answer.finish_reason,
             "stop_reason": answer.stop_reason,
         }
-        if body.prompt_logprobs is not None:
+        if presentation.prompt_logprobs:
             choice["prompt_logprobs"] = prompt_logprobs(self._codec, ids, prompt_scores)
-        if body.return_token_ids:
+        if presentation.return_token_ids:
             choice["token_ids"] = answer.token_ids
             choice["prompt_token_ids"] = list(ids)
         return choice
@@ -259,9 +260,9 @@ class CompletionFormat:
     def _table(
         self, index: int, ids: Sequence[int], prompt_scores: Sequence[TokenLogprob | None], answer: Answer
     ) -> dict[str, Any] | None:
-        if self._plan.body.logprobs_wanted is None:
+        if not self._plan.shown.logprobs:
             return None
-        echoes = bool(self._plan.prompt_texts)
+        echoes = bool(self._plan.shown.echo_texts)
         table = _ScoreTable(self._codec, 0)
         if echoes:
             table.extend(ids, prompt_scores)
@@ -270,8 +271,8 @@ class CompletionFormat:
         return table.as_object()
 
     def _echo(self, index: int) -> str:
-        texts = self._plan.prompt_texts
-        return texts[index // self._plan.body.n] if texts else ""
+        texts = self._plan.shown.echo_texts
+        return texts[index // self._plan.shown.n] if texts else ""
 
 
 class _ScoreTable:
@@ -334,7 +335,7 @@ def finite(logprob: float) -> float:
 
 def _ending(plan: Plan, delta: Delta) -> str:
     """The fields every streamed choice ends with."""
-    ids = f',"token_ids":{dumps(list(delta.token_ids))}' if plan.body.return_token_ids else ""
+    ids = f',"token_ids":{dumps(list(delta.token_ids))}' if plan.shown.return_token_ids else ""
     if delta.finish_reason is None:
         return f',"finish_reason":null{ids}'
     return f',"finish_reason":{dumps(delta.finish_reason)},"stop_reason":{dumps(delta.stop_reason)}{ids}'

@@ -21,16 +21,20 @@ from services.gateway.fields import (
     check_messages,
     check_prompt,
     check_stop,
+    check_stream_options,
     check_template_kwargs,
     check_token_ids,
     check_unsupported,
 )
-from shared.errors import InvalidRequest
+from shared.errors import InvalidRequest, RequestTooLarge
 from shared.protocol.sampling import MAX_CHOICES, MAX_LOGPROBS, MAX_STOP_IDS
 
 _SEED_MIN, _SEED_MAX = -(2**63), 2**64 - 1
 _MAX_PRIORITY = 1000
+_MAX_TIMEOUT_S = 86400
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_MARKS = (b",", b":", b"[", b"{")
+_COUNTED_AT_ONCE = 1 << 20
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("tools", "functions", "function_call", "prompt_embeds", "prediction", "documents"), ()),
@@ -103,7 +107,7 @@ class GenerationBody(Body):
     """What chat and text completions have in common."""
 
     stream: bool = False
-    stream_options: StreamOptions | None = None
+    stream_options: Annotated[StreamOptions | None, BeforeValidator(check_stream_options)] = None
     max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
@@ -126,6 +130,7 @@ class GenerationBody(Body):
     seed: _Seed | None = None
     user: Annotated[str, Field(max_length=1024)] | None = None
     priority: Annotated[int, Field(ge=-_MAX_PRIORITY, le=_MAX_PRIORITY)] = 0
+    timeout: Annotated[float, Field(gt=0, le=_MAX_TIMEOUT_S)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
 
     @property
@@ -238,6 +243,18 @@ class DetokenizeBody(Body):
     """POST /detokenize."""
 
     tokens: Annotated[tuple[int, ...], BeforeValidator(lambda value: check_token_ids(value, "tokens"))]
+
+
+def check_size(raw: bytes, max_values: int) -> None:
+    """Raises RequestTooLarge for a body that would take long to decode, which nothing can interrupt.
+
+    Commas, colons and opening brackets bound the number of values from above; those inside of texts count too.
+    """
+    values = 0
+    for start in range(0, len(raw), _COUNTED_AT_ONCE):
+        values += sum(raw.count(mark, start, start + _COUNTED_AT_ONCE) for mark in _MARKS)
+        if values > max_values:
+            raise RequestTooLarge(f"The body holds more than {max_values} values; send fewer in one request.")
 
 
 def parse_json(raw: bytes) -> dict[str, Any]:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-import structlog
 from aiohttp import web
 
-from services.gateway.errors import ApiError
+from services.gateway.connections import ConnectionSet, room_for_connections
 from shared.config import GatewaySettings
 from shared.errors import ConfigurationError
 
@@ -26,46 +24,28 @@ SEND_BUFFER_BYTES = 256 * 1024
 _NO_ACCESS_LOG = logging.getLogger("slipstream.access")
 _NO_ACCESS_LOG.disabled = True
 
-_log = structlog.get_logger()
-
-
-class _Connection(web.RequestHandler):
-    """One client connection; answers requests that cannot be parsed in OpenAI's error shape."""
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        if request.writer.output_size > 0:
-            raise ConnectionError("the response has begun already")
-        if status < 500:
-            error = ApiError(status, "invalid_request_error", "bad_request", "The HTTP request is malformed.")
-        else:
-            _log.error("connection_failed", exc_info=exc)
-            error = ApiError(status, "server_error", "internal_error", "The server failed.")
-        response = error.response()
-        response.headers["x-request-id"] = uuid.uuid4().hex
-        response.force_close()
-        return response
-
 
 @asynccontextmanager
-async def listen(app: web.Application, settings: GatewaySettings) -> AsyncIterator[str]:
+async def listen(
+    app: web.Application, settings: GatewaySettings, on_connections: Callable[[Callable[[], float]], None]
+) -> AsyncIterator[str]:
     """Serve `app` while the context is open; yields the base URL. Raises ConfigurationError when the port is taken.
 
+    `on_connections` is given the function that counts the open connections.
     A handler is cancelled when its client leaves, which is how a lost client's request ends.
     """
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=SHUTDOWN_S)
     await runner.setup()
     loop = asyncio.get_running_loop()
 
+    members = ConnectionSet(room_for_connections(settings.max_connections))
+    on_connections(lambda: len(members))
+
     def connection() -> asyncio.Protocol:
         assert runner.server is not None
-        return _Connection(
+        return members.accept(
             runner.server,
+            settings.header_timeout_s,
             loop=loop,
             auto_decompress=False,
             keepalive_timeout=settings.keepalive_timeout_s,

@@ -11,10 +11,10 @@ from collections.abc import Iterable
 
 from aiohttp import web
 
-from services.gateway.errors import to_api_error
+from services.gateway.errors import RESUME_AFTER_MS, error_event
 from services.gateway.generation import Generation
 from services.gateway.prepare import Plan
-from services.gateway.responses import ResponseFormat
+from services.gateway.responses import ResponseFormat, dumps
 
 HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -23,6 +23,7 @@ HEADERS = {
 }
 
 _PING = b": ping\n\n"
+_RETRY = f"retry: {RESUME_AFTER_MS}\n\n".encode()
 _DONE = b"data: [DONE]\n\n"
 
 STREAM_KEY = web.RequestKey("sse_stream", web.StreamResponse)
@@ -39,12 +40,20 @@ def event(data: str, event_id: str = "") -> bytes:
     return f"{head}data: {data}\n\n".encode()
 
 
-class EventStream:
-    """The response side of one stream; headers go out with the first write."""
+def opening_events(layout: ResponseFormat, generation: Generation) -> list[bytes]:
+    """The events before any token; the last one has an id, so that a client that comes back does not get them again."""
+    chunks = layout.opening()
+    ids = [""] * (len(chunks) - 1) + [generation.last_event_id]
+    return [event(chunk, event_id) for chunk, event_id in zip(chunks, ids, strict=False)]
 
-    def __init__(self, request: web.Request, stall_timeout_s: float) -> None:
+
+class EventStream:
+    """The response side of one stream; headers go out with the first write, and `opening` right after them."""
+
+    def __init__(self, request: web.Request, stall_timeout_s: float, opening: Iterable[bytes] = ()) -> None:
         self._request = request
         self._stall_timeout_s = stall_timeout_s
+        self._opening = b"".join(opening)
         self._response = web.StreamResponse(headers=HEADERS)
 
     @property
@@ -53,16 +62,24 @@ class EventStream:
 
     async def write(self, parts: Iterable[bytes]) -> None:
         """Write all parts at once. Raises ClientStalled when the client takes nothing for too long."""
+        parts = list(parts)
+        if not parts:
+            return
         try:
             async with asyncio.timeout(self._stall_timeout_s):
                 if not self._response.prepared:
                     await self._response.prepare(self._request)
                     self._request[STREAM_KEY] = self._response
-                await self._response.write(b"".join(parts))
+                opening, self._opening = self._opening, b""
+                await self._response.write(b"".join([opening, *parts]))
         except TimeoutError:
             if self._request.transport is not None:
                 self._request.transport.abort()
             raise ClientStalled("the client stopped reading") from None
+
+    async def open(self) -> None:
+        """Send the headers now, with how soon to come back when the connection breaks."""
+        await self.write([_RETRY])
 
     async def ping(self) -> None:
         await self.write([_PING])
@@ -77,23 +94,23 @@ class EventStream:
 async def stream_answer(
     stream: EventStream, generation: Generation, plan: Plan, layout: ResponseFormat, ping_s: float
 ) -> web.StreamResponse:
-    """Write a generation's deltas as events until it ends.
+    """Write a generation's deltas as events until it ends; what the client had before it resumed is left out.
 
     An error before the first event is raised and becomes an ordinary error response; a later one is
     written into the stream and then raised, so that it is counted and logged all the same.
     """
-    opening = [event(chunk) for chunk in layout.opening()]
     try:
         while (deltas := await generation.next(ping_s)) is not None:
             if not deltas:
                 await stream.ping()
                 continue
-            usage = generation.usage() if plan.body.continuous_usage else None
-            await stream.write([*opening, *(event(layout.chunk(delta, usage), delta.event_id) for delta in deltas)])
-            opening = []
+            usage = generation.usage() if plan.shown.continuous_usage else None
+            events = [(layout.chunk(delta, usage), delta) for delta in deltas]
+            await stream.write([event(chunk, delta.event_id) for chunk, delta in events if not delta.known])
     except Exception as exc:
         if stream.is_open and not isinstance(exc, ConnectionError):
-            await stream.close(event(to_api_error(exc).body().decode()))
+            await stream.close(event(dumps(error_event(exc, generation.last_event_id))))
         raise
-    tail = [event(layout.usage_chunk(generation.usage()), generation.last_event_id)] if plan.body.include_usage else []
-    return await stream.close(*opening, *tail)
+    wants_usage = plan.shown.include_usage and not generation.is_all_known
+    tail = [event(layout.usage_chunk(generation.usage()), generation.last_event_id)] if wants_usage else []
+    return await stream.close(*tail)

@@ -1,8 +1,10 @@
 """Chat completions over a WebSocket: the same URL as for POST, upgraded.
 
     client → server   a request body of POST /v1/chat/completions; `stream` is implied
+                      {"type": "resume", "id": …, "starting_after": …} goes on with a stream, as GET
+                      /v1/streams/{id} does; `starting_after` is the last `event_id`, left out for all
                       {"type": "cancel"} stops the one that runs
-    server → client   the chunks of the stream, one a frame
+    server → client   the chunks of the stream, one a frame, with their `event_id`
                       {"type": "done", "id": …, "status": "finished" | "cancelled"} ends a request
                       {"type": "error", "id": …, "error": {…}} ends a request that failed; with
                       "id": null it refuses a frame, and a request that runs goes on
@@ -15,25 +17,36 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
 from aiohttp import WSCloseCode, WSMsgType, web
 
-from services.gateway.errors import OriginRefused, to_api_error
+from services.gateway.errors import OriginRefused, RateLimited, error_event, to_api_error
 from services.gateway.generation import Generation
 from services.gateway.prepare import Plan
 from services.gateway.responses import ResponseFormat
 from services.gateway.schemas import ChatBody, parse_json, validate
+from services.gateway.text import TextService
 from shared.errors import InvalidRequest, Overloaded, SlipstreamError
 
 HEARTBEAT_S = 20.0
 
 _log = structlog.get_logger()
 
-RunChat = Callable[[ChatBody, "ChatSocket"], Awaitable[None]]
+
+@dataclass(frozen=True, slots=True)
+class ResumeFrame:
+    """A client wants to read a stream on, over this socket."""
+
+    response_id: str
+    starting_after: str
+
+
+RunFrame = Callable[[ChatBody | ResumeFrame, "ChatSocket"], Awaitable[None]]
 
 
 def check_origin(request: web.Request) -> None:
@@ -46,12 +59,14 @@ def check_origin(request: web.Request) -> None:
 class ChatSocket:
     """One open socket: reads frames, runs one request at a time, writes its chunks."""
 
-    def __init__(self, socket: web.WebSocketResponse, run: RunChat, stall_timeout_s: float) -> None:
+    def __init__(self, socket: web.WebSocketResponse, text: TextService, run: RunFrame, stall_timeout_s: float) -> None:
         self._socket = socket
+        self._text = text
         self._run = run
         self._stall_timeout_s = stall_timeout_s
         self._running: asyncio.Task[None] | None = None
         self._request_id: str | None = None
+        self._generation: Generation | None = None
 
     async def serve(self) -> None:
         """Until the client closes; whatever runs then is cancelled."""
@@ -66,36 +81,42 @@ class ChatSocket:
 
     async def stream(self, generation: Generation, plan: Plan, layout: ResponseFormat) -> None:
         """Write a generation's chunks, one a frame, and the end."""
-        self._request_id = plan.response_id
-        for chunk in layout.opening():
-            await self._send(chunk)
+        self._request_id, self._generation = plan.response_id, generation
+        if not generation.is_resumed:
+            for chunk in layout.opening():
+                await self._send(_named(chunk, generation.last_event_id))
         while (deltas := await generation.next(HEARTBEAT_S)) is not None:
-            usage = generation.usage() if plan.body.continuous_usage else None
-            for delta in deltas:
-                await self._send(layout.chunk(delta, usage))
-        if plan.body.include_usage:
-            await self._send(layout.usage_chunk(generation.usage()))
+            usage = generation.usage() if plan.shown.continuous_usage else None
+            for chunk, delta in [(layout.chunk(delta, usage), delta) for delta in deltas]:
+                if not delta.known:
+                    await self._send(_named(chunk, delta.event_id))
+        if plan.shown.include_usage and not generation.is_all_known:
+            await self._send(_named(layout.usage_chunk(generation.usage()), generation.last_event_id))
         await self._send_done("finished")
 
     async def _take(self, frame: str) -> None:
         try:
-            body = parse_json(frame.encode("utf-8", "surrogatepass"))
+            body = await self._text.parse(frame.encode("utf-8", "surrogatepass"), parse_json)
             if body.get("type") == "cancel":
                 await self._cancel()
                 return
             if self._running is not None and not self._running.done():
                 raise InvalidRequest("A request is running on this socket; cancel it first.", None, "request_running")
-            chat = validate(ChatBody, {**body, "stream": True})
+            asked = (
+                _resume_frame(body)
+                if body.get("type") == "resume"
+                else await self._text.run(validate, ChatBody, {**body, "stream": True})
+            )
         except SlipstreamError as exc:
             await self._refuse(exc)
             return
-        self._request_id = None
-        self._running = asyncio.create_task(self._answer(chat))
+        self._request_id = self._generation = None
+        self._running = asyncio.create_task(self._answer(asked))
 
-    async def _answer(self, chat: ChatBody) -> None:
+    async def _answer(self, asked: ChatBody | ResumeFrame) -> None:
         try:
             try:
-                await self._run(chat, self)
+                await self._run(asked, self)
             except SlipstreamError as exc:
                 await self._send_error(exc, self._request_id)
             except ConnectionError:
@@ -124,7 +145,10 @@ class ChatSocket:
         await self._send_error(exc, None)
 
     async def _send_error(self, exc: Exception, request_id: str | None) -> None:
-        error = json.loads(to_api_error(exc).body())
+        if request_id is not None and self._generation is not None:
+            error = error_event(exc, self._generation.last_event_id)
+        else:
+            error = json.loads(to_api_error(exc).body())
         await self._send(json.dumps({"type": "error", "id": request_id, **error}, ensure_ascii=False))
 
     async def _send_done(self, status: str) -> None:
@@ -139,27 +163,44 @@ class ChatSocket:
             raise ConnectionError("the client stopped reading") from None
 
 
+def _named(chunk: str, event_id: str) -> str:
+    """A chunk's object with the id that its event has in an event stream."""
+    return f'{chunk[:-1]},"event_id":"{event_id}"}}'
+
+
+def _resume_frame(body: Mapping[str, Any]) -> ResumeFrame:
+    response_id, after = body.get("id"), body.get("starting_after")
+    if not isinstance(response_id, str):
+        raise InvalidRequest("id must name the stream to go on with.", "id")
+    if after is not None and not isinstance(after, str):
+        raise InvalidRequest("starting_after must be the id of an event of this stream.", "starting_after")
+    return ResumeFrame(response_id, after or "")
+
+
 class SocketSet:
     """All open sockets, to bound their number and to close them when the gateway drains."""
 
-    def __init__(self, limit: int, on_change: Callable[[int], Any]) -> None:
+    def __init__(self, limit: int, limit_per_key: int, on_change: Callable[[int], Any]) -> None:
         self._limit = limit
+        self._limit_per_key = limit_per_key
         self._on_change = on_change
-        self._open: set[web.WebSocketResponse] = set()
+        self._open: dict[web.WebSocketResponse, str] = {}
 
     @asynccontextmanager
-    async def hold(self, request: web.Request, max_bytes: int) -> AsyncIterator[web.WebSocketResponse]:
-        """Upgrade and keep count. Raises Overloaded when there are too many sockets already."""
+    async def hold(self, request: web.Request, max_bytes: int, key_id: str) -> AsyncIterator[web.WebSocketResponse]:
+        """Upgrade and keep count. Raises RateLimited or Overloaded when the key has, or all have, too many already."""
+        if sum(holder == key_id for holder in self._open.values()) >= self._limit_per_key:
+            raise RateLimited("Too many WebSockets of this key are open; use POST or close one.", retry_after=5)
         if len(self._open) >= self._limit:
             raise Overloaded("Too many WebSockets are open; use POST or try again later.", retry_after=5)
         socket = web.WebSocketResponse(heartbeat=HEARTBEAT_S, max_msg_size=max_bytes, compress=False)
-        self._open.add(socket)
+        self._open[socket] = key_id
         self._on_change(len(self._open))
         try:
             await socket.prepare(request)
             yield socket
         finally:
-            self._open.discard(socket)
+            self._open.pop(socket, None)
             self._on_change(len(self._open))
 
     async def close(self) -> None:

@@ -11,6 +11,7 @@ import aiohttp
 
 from services.gateway.params import SamplingDefaults
 from shared.protocol.messages import Job
+from shared.protocol.position import START, Position
 from tests.gateway_rig import (
     CHAT,
     CODEC,
@@ -63,9 +64,10 @@ async def test_a_chat_stream_has_role_text_finish_usage_done_and_journal_ids(red
     assert events[-2]["choices"] == []
     assert events[-2]["usage"]["completion_tokens"] == len(CODEC.encode("Hello there!")) + 1
     assert all(event["usage"] is None for event in events[:-2])
-    journal = [tuple(map(int, one.split("-"))) for one in ids if one]
-    assert journal == sorted(journal)
-    assert len(journal) == len(events) - 2, "all events but the role and [DONE] have a journal id"
+    positions = [Position.parse(one) for one in ids if one]
+    assert positions == sorted(positions)
+    assert positions[0] == START, "the role comes before everything"
+    assert len(positions) == len(events) - 1, "all events but [DONE] have an id"
     assert len({event["id"] for event in events[:-1]}) == 1
 
 
@@ -137,7 +139,7 @@ async def test_several_prompts_stream_side_by_side(redis_url: str, deployment: s
         for choice in event["choices"]:
             texts[choice["index"]] += choice["text"]
     assert texts == ["Hello0", "Hello1", "there0", "there1"]
-    assert {one.split(":")[0] for one in ids if one} == {"0", "1"}
+    assert all(len(one.split(",")) == 2 for one in ids if one), "an id has the position of each prompt"
 
 
 async def test_echo_whole_and_streamed(redis_url: str, deployment: str) -> None:
@@ -269,7 +271,8 @@ async def test_a_failure_in_mid_stream_is_said_before_the_end(redis_url: str, de
             await it.worker.store.cancel(it.worker.jobs[0].request_id, "operator", force=True)
             _, events = read_events((await response.read()).decode())
     assert events[-1] == "[DONE]"
-    assert set(events[-2]["error"]) == {"message", "type", "param", "code"}
+    assert set(events[-2]["error"]) == {"message", "type", "param", "code", "last_event_id", "retry"}
+    assert events[-2]["error"]["retry"] == {"resume": False, "after_ms": 1000}
     assert it.metric("requests_total", route=CHAT, outcome="error") == 1
 
 

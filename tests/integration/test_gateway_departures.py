@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import suppress
+from typing import Any
 
 import aiohttp
 import pytest
@@ -90,15 +92,19 @@ async def test_a_drain_finishes_what_runs_and_takes_nothing_new(redis_url: str, 
             await draining
 
 
-async def test_a_drain_does_not_wait_for_ever(redis_url: str, deployment: str) -> None:
+async def test_a_drain_does_not_wait_for_ever_and_lets_the_request_go_on(redis_url: str, deployment: str) -> None:
     async with rig(redis_url, deployment) as it:
         it.worker.gate.clear()
         running = asyncio.create_task(it.post(CHAT, {"messages": MESSAGES}))
         await eventually(lambda: len(it.worker.jobs) == 1, "one runs")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(10):
             await drain(it.gateway, 0.05)
-        running.cancel()
-        await all_cancelled(it, 1)
+            status, body, response = await running
+        assert (status, body["error"]["code"]) == (503, "draining")
+        assert "Retry-After" in response.headers
+        assert it.gateway.admission.in_flight == 0
+        it.worker.gate.set()
+        await eventually(lambda: len(it.worker.ended) == 1, "the worker was not told to stop")
 
 
 async def test_a_gateway_that_stops_takes_its_heartbeat_off(redis_url: str, deployment: str) -> None:
@@ -113,3 +119,28 @@ async def test_a_gateway_that_stops_takes_its_heartbeat_off(redis_url: str, depl
 async def _read_all(session: aiohttp.ClientSession, url: str, body: object) -> bytes:
     async with session.post(url, data=json.dumps(body)) as response:
         return await response.read()
+
+
+@pytest.mark.parametrize("command", ["save", "open"])
+async def test_a_cancellation_that_the_redis_client_swallows_is_heeded(
+    redis_url: str, deployment: str, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client leaves while Redis is told about its request, and the command comes back as if nothing had been."""
+    async with rig(redis_url, deployment) as it, aiohttp.ClientSession() as session:
+        owner = it.gateway.responses if command == "save" else it.gateway.streams
+        genuine, waiting = getattr(owner, command), asyncio.Event()
+
+        async def swallowing(*args: Any, **how: Any) -> Any:
+            waiting.set()
+            with suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+            return await genuine(*args, **how)
+
+        monkeypatch.setattr(owner, command, swallowing)
+        it.worker.gate.clear()
+        task = asyncio.create_task(_read_all(session, it.url + CHAT, {"messages": MESSAGES}))
+        async with asyncio.timeout(10):
+            await waiting.wait()
+        task.cancel()
+        await eventually(lambda: it.gateway.admission.in_flight == 0, "its place is free again")
+        await eventually(lambda: it.metric("requests_total", route=CHAT, outcome="cancelled") == 1, "it is counted")

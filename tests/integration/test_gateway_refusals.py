@@ -1,12 +1,9 @@
-"""What is refused over HTTP, with which status, and that nothing of it reaches a worker."""
+"""What is refused because of the state of things: full, no workers, no key. Bad requests: tests/badrequests."""
 
 from __future__ import annotations
 
 import asyncio
-import gzip
-import json
 import socket
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -14,13 +11,11 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from services.gateway.app import serve
+from services.gateway.app import drain, serve
 from shared.errors import ConfigurationError
 from tests.gateway_rig import (
     CHAT,
-    CODEC,
     COMPLETIONS,
-    CONTEXT,
     MESSAGES,
     MODEL,
     Rig,
@@ -46,133 +41,6 @@ def check_error(body: Any, code: str, param: str | None = None) -> None:
     assert (body["error"]["code"], body["error"]["param"]) == (code, param)
 
 
-async def test_bodies_that_are_no_request(it: Rig) -> None:
-    for raw, code in ((b"{bad", "invalid_json"), (b"", "invalid_json"), (b"[]", "invalid_json")):
-        status, body, response = await it.post(CHAT, raw)
-        assert status == 400
-        check_error(body, code)
-        assert response.headers["x-request-id"]
-        assert response.content_type == "application/json"
-    status, body, _ = await it.post(CHAT, b'{"messages": [{"role": "user", "content": "\\ud800"}]}')
-    check_error(body, "invalid_encoding")
-    assert it.worker.jobs == []
-    assert it.metric("requests_total", route=CHAT, outcome="rejected") == 4
-    assert it.metric("rejections_total", reason="invalid_json") == 3
-
-
-async def test_fields_are_named_over_http_too(it: Rig) -> None:
-    status, body, _ = await it.post(CHAT, {**CHAT_BODY, "temperature": 3})
-    assert status == 400
-    check_error(body, "invalid_value", "temperature")
-    status, body, _ = await it.post(CHAT, {"messages": [{"role": "x"}]})
-    check_error(body, "invalid_value", "messages[0].role")
-    status, body, _ = await it.post(CHAT, {**CHAT_BODY, "tools": [{"type": "function"}]})
-    check_error(body, "unsupported_parameter", "tools")
-
-
-async def test_a_body_over_the_limit(it: Rig) -> None:
-    big = b'{"messages": "' + b"x" * (2 << 20) + b'"}'
-    status, body, _ = await it.post(CHAT, big)
-    assert status == 413
-    check_error(body, "request_too_large")
-
-    async def chunks() -> AsyncIterator[bytes]:
-        for start in range(0, len(big), 1 << 16):
-            yield big[start : start + (1 << 16)]
-
-    async with it.session.post(it.url + CHAT, data=chunks()) as response:
-        assert response.status == 413
-        check_error(await response.json(), "request_too_large")
-
-
-async def test_a_compressed_body_is_not_unpacked(it: Rig) -> None:
-    bomb = gzip.compress(b" " * (1 << 24))
-    status, body, _ = await it.post(CHAT, bomb, headers={"Content-Encoding": "gzip"})
-    assert status == 415
-    check_error(body, "unsupported_media_type")
-
-
-async def test_any_content_type_is_read_as_json(it: Rig) -> None:
-    status, _, _ = await it.post(CHAT, CHAT_BODY, headers={"Content-Type": "text/plain"})
-    assert status == 200
-
-
-async def test_unknown_routes_and_wrong_methods(it: Rig) -> None:
-    status, body, _ = await it.get("/nothing/here")
-    assert status == 404
-    check_error(body, "not_found")
-    for path in (CHAT, COMPLETIONS, "/tokenize"):
-        status, body, response = await it.get(path)
-        assert (status, response.headers["Allow"]) == (405, "POST")
-        check_error(body, "method_not_allowed")
-    status, body, _ = await it.post("/live", {})
-    assert status == 405
-    assert it.metric("http_responses_total", route="unknown", status="404") == 1
-
-
-async def test_requests_that_are_no_http(it: Rig) -> None:
-    host, port = it.url.removeprefix("http://").split(":")
-    for raw in (b"NONSENSE\r\n\r\n", b"GET /live HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 20_000 + b"\r\n\r\n"):
-        reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(raw)
-        answer = (await asyncio.wait_for(reader.read(), 10)).decode()
-        writer.close()
-        head, _, body = answer.partition("\r\n\r\n")
-        assert head.split()[1] == "400"
-        assert "x-request-id" in head.lower()
-        check_error(json.loads(body), "bad_request")
-
-
-async def test_a_harmless_request_id_is_echoed_and_any_other_replaced(it: Rig) -> None:
-    _, _, response = await it.get("/live", headers={"x-request-id": "my-id.7"})
-    assert response.headers["x-request-id"] == "my-id.7"
-    for bad in ("a b", "x" * 200, "<script>"):
-        _, _, response = await it.get("/live", headers={"x-request-id": bad})
-        assert response.headers["x-request-id"] != bad
-        assert len(response.headers["x-request-id"]) == 32
-
-
-async def test_models_that_are_not_here(it: Rig) -> None:
-    for path, body in ((CHAT, CHAT_BODY), (COMPLETIONS, {"prompt": "x"}), ("/tokenize", {"prompt": "x"})):
-        status, answer, _ = await it.post(path, {**body, "model": "gpt-17"})
-        assert status == 404
-        check_error(answer, "model_not_found", "model")
-    status, answer, _ = await it.get("/v1/models/gpt-17")
-    assert status == 404
-
-
-async def test_prompts_that_do_not_fit(it: Rig) -> None:
-    words = f"This model's maximum context length is {CONTEXT} tokens"
-    ids = CODEC.encode("Hello") * CONTEXT
-    for body in ({"prompt": ids}, {"prompt": "Hello " * CONTEXT}, {"prompt": "a", "max_tokens": CONTEXT}):
-        status, answer, _ = await it.post(COMPLETIONS, body)
-        assert status == 400
-        check_error(answer, "context_length_exceeded", "prompt")
-        assert answer["error"]["message"].startswith(words)
-    status, answer, _ = await it.post(CHAT, {"messages": [{"role": "user", "content": "Hello " * CONTEXT}]})
-    check_error(answer, "context_length_exceeded", "messages")
-
-
-async def test_a_flood_of_text_is_refused_before_it_is_tokenised(it: Rig) -> None:
-    started = time.monotonic()
-    status, answer, _ = await it.post(COMPLETIONS, {"prompt": "a" * 900_000})
-    assert status == 400
-    check_error(answer, "context_length_exceeded", "prompt")
-    assert time.monotonic() - started < 5
-
-
-async def test_token_ids_and_counts_out_of_range(it: Rig) -> None:
-    status, answer, _ = await it.post(COMPLETIONS, {"prompt": [CODEC.vocab_size]})
-    check_error(answer, "invalid_value", "prompt")
-    status, answer, _ = await it.post(COMPLETIONS, {"prompt": ["a"] * 5})
-    assert status == 400
-    check_error(answer, "invalid_value", "prompt")
-    status, answer, _ = await it.post("/detokenize", {"tokens": [CODEC.vocab_size]})
-    check_error(answer, "invalid_value", "tokens")
-    status, answer, _ = await it.post("/detokenize", {"tokens": [1] * (CONTEXT + 1)})
-    check_error(answer, "invalid_value", "tokens")
-
-
 async def test_nothing_refused_reached_a_worker_and_the_next_request_is_served(it: Rig) -> None:
     bodies: list[dict[str, Any]] = [{}, {"messages": []}, {**CHAT_BODY, "n": 10**9}, {**CHAT_BODY, "stop": ""}]
     for body in bodies:
@@ -183,6 +51,9 @@ async def test_nothing_refused_reached_a_worker_and_the_next_request_is_served(i
     ends = [it.metric("requests_total", route=CHAT, outcome=outcome) for outcome in ("finished", "rejected")]
     assert received == sum(ends) == 5
     assert it.metric("requests_in_flight") == 0
+    assert it.metric("rejections_total", reason="invalid_value") == 4
+    assert (await it.get("/nothing/here"))[0] == 404
+    assert it.metric("http_responses_total", route="unknown", status="404") == 1
 
 
 async def test_a_request_no_live_pool_can_hold(redis_url: str, deployment: str) -> None:
@@ -289,3 +160,38 @@ def test_the_port_being_taken_is_said(redis_url: str, deployment: str) -> None:
         taken.listen()
         with pytest.raises(ConfigurationError, match="SLIPSTREAM_GATEWAY__PORT"):
             asyncio.run(start(taken.getsockname()[1]))
+
+
+async def test_bodies_under_way_share_a_bound_of_memory(redis_url: str, deployment: str) -> None:
+    """Slow senders of large bodies must not add up; what they held is free again when they leave."""
+    large = {"prompt": "x" * 8000}
+    async with rig(redis_url, deployment, gateway={"max_bodies_bytes": 16_000}) as it:
+        address = it.url.removeprefix("http://").split(":")
+        _, writer = await asyncio.open_connection(address[0], int(address[1]))
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: 12000\r\n\r\n"
+        writer.write(head.encode() + b" " * 11_999)
+        await writer.drain()
+        async with asyncio.timeout(10):
+            while (answer := await it.post(COMPLETIONS, large))[0] == 400:
+                await asyncio.sleep(0.01)
+            assert answer[0] == 503
+            check_error(answer[1], "overloaded")
+            writer.close()
+            while (answer := await it.post(COMPLETIONS, large))[0] == 503:
+                await asyncio.sleep(0.01)
+        check_error(answer[1], "context_length_exceeded", "prompt")
+
+
+async def test_a_drain_that_runs_out_of_time_refuses_who_still_waits(redis_url: str, deployment: str) -> None:
+    async with rig(redis_url, deployment, gateway={"max_in_flight": 1}) as it:
+        it.worker.gate.clear()
+        running = asyncio.create_task(it.post(COMPLETIONS, {"prompt": "x"}))
+        await eventually(lambda: it.gateway.admission.in_flight == 1, "one runs")
+        waiting = asyncio.create_task(it.post(COMPLETIONS, {"prompt": "x"}))
+        await eventually(lambda: it.gateway.admission.queued == 1, "one waits")
+        await drain(it.gateway, timeout_s=0.1)
+        for answer in await asyncio.gather(running, waiting):
+            assert answer[0] == 503
+            check_error(answer[1], "draining")
+            assert answer[2].headers["Retry-After"]
+        assert it.gateway.admission.in_flight == it.gateway.admission.queued == 0

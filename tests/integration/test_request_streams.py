@@ -14,9 +14,10 @@ import pytest_asyncio
 from shared.bus.connection import connect, connect_blocking
 from shared.bus.embedded import EmbeddedServer
 from shared.bus.events import EventFeed
+from shared.bus.handle import StreamReader
 from shared.bus.requests import Append
 from shared.bus.results import Begun, Lease
-from shared.bus.stream import RequestStreams, StreamHandle
+from shared.bus.stream import Patience, RequestStreams
 from shared.errors import BusUnavailable, ProtocolError
 from shared.protocol.journal import chain
 from shared.protocol.keys import Keys
@@ -31,7 +32,7 @@ class Gateway:
     streams: RequestStreams
     bench: Bench
 
-    async def open(self, **changes: Any) -> StreamHandle:
+    async def open(self, **changes: Any) -> StreamReader:
         return await self.streams.open(self.bench.job(**changes))
 
     async def begun(self, request_id: str = "r") -> Lease:
@@ -55,7 +56,7 @@ async def gateway(url: str, keys: Keys, name: str = "g", **options: float) -> As
     commands, blocking = connect(url), connect_blocking(url)
     bench = Bench.of(commands, keys)
     try:
-        async with RequestStreams(bench.store, EventFeed(blocking, keys, name), name, **options) as streams:
+        async with RequestStreams(bench.store, EventFeed(blocking, keys, name), name, Patience(**options)) as streams:
             yield Gateway(streams, bench)
     finally:
         await commands.aclose()
@@ -68,7 +69,7 @@ async def g(redis_url: str, keys: Keys) -> AsyncIterator[Gateway]:
         yield made
 
 
-async def collect(handle: StreamHandle) -> tuple[list[int], End]:
+async def collect(handle: StreamReader) -> tuple[list[int], End]:
     """All tokens of choice 0 and the End; nothing may follow it."""
     got: list[int] = []
     end: End | None = None
@@ -84,7 +85,7 @@ async def collect(handle: StreamHandle) -> tuple[list[int], End]:
     return got, end
 
 
-async def first(handle: StreamHandle) -> Tokens | End:
+async def first(handle: StreamReader) -> Tokens | End:
     async with asyncio.timeout(WAIT_S):
         return await anext(handle)
 
@@ -96,14 +97,14 @@ async def test_tokens_arrive_by_publication(redis_url: str, keys: Keys) -> None:
         await g.bench.append(lease, tokens([], [1, 2]))
         event = await first(handle)
         assert isinstance(event, Tokens)
-        assert (event.tokens, handle.last_event_id, handle.epoch) == ((1, 2), "2-1", 2)
+        assert (event.tokens, str(handle.position), handle.epoch) == ((1, 2), "2-1", 2)
         await g.bench.append(lease, tokens([1, 2], [3], finish="stop"))
         assert await collect_rest(handle) == ([3], End("finished"))
         assert g.streams.counters.replays == 0
         assert len(g.streams) == 0
 
 
-async def collect_rest(handle: StreamHandle) -> tuple[list[int], End]:
+async def collect_rest(handle: StreamReader) -> tuple[list[int], End]:
     events = []
     async with asyncio.timeout(WAIT_S):
         async for event in handle:
@@ -230,22 +231,6 @@ async def test_a_cancel_of_a_forgotten_request_ends_here(g: Gateway) -> None:
     await handle.cancel("client_gone")
     assert await collect(handle) == ([], End("cancelled", "client_gone"))
     assert not await g.bench.client.exists(g.bench.keys.request("r"))
-
-
-async def test_another_gateway_takes_over_from_the_first_token(redis_url: str, keys: Keys, g: Gateway) -> None:
-    handle = await g.open()
-    lease = await g.begun()
-    await g.bench.append(lease, tokens([], [1]))
-    async with gateway(redis_url, keys, "g2", silence_s=0.2) as second:
-        adopted = await second.streams.adopt("r")
-        assert adopted is not None
-        assert await second.streams.adopt("r") is None
-        assert await second.streams.adopt("unknown") is None
-        await g.bench.append(lease, tokens([1], [2], finish="stop"))
-        assert await collect(adopted) == ([1, 2], End("finished"))
-        got, end = await collect(handle)
-        assert got[:1] == [1]
-        assert end.outcome in ("finished", "cancelled")
 
 
 async def test_an_overdue_request_in_the_queue_ends(g: Gateway) -> None:

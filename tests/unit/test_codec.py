@@ -80,6 +80,7 @@ beats = st.builds(
     running=counts,
     tokens_per_second=finite,
     pid=counts,
+    max_num_seqs=counts,
 )
 
 
@@ -183,6 +184,15 @@ def test_too_many_fields_or_bytes_are_refused() -> None:
         decode(Tokens, msgpack.packb([*msgpack.unpackb(encode(TOKENS)), 1]))
     with pytest.raises(ProtocolError, match="larger"):
         decode(Tokens, bytes(MAX_MESSAGE_BYTES + 1))
+
+
+def test_a_beat_of_the_release_before_says_no_room() -> None:
+    beat = WorkerBeat("w", "decode", "ready", "m", "n", "l", equal_tokens=True, max_num_seqs=32)
+    items = msgpack.unpackb(encode(beat))
+    assert decode(WorkerBeat, msgpack.packb(items[:-1])) == replace(beat, max_num_seqs=0)
+    for wrong in (items[:-2], [*items, 1]):
+        with pytest.raises(ProtocolError, match="fields"):
+            decode(WorkerBeat, msgpack.packb(wrong))
 
 
 def test_maps_and_extension_types_are_refused() -> None:

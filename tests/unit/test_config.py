@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,10 @@ def test_lists_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"gateway": {"port": 70000}}, "SLIPSTREAM_GATEWAY__PORT"),
         ({"gateway": {"ping_s": float("inf")}}, "SLIPSTREAM_GATEWAY__PING_S"),
         ({"transfer": {"transports": ""}}, "SLIPSTREAM_TRANSFER__TRANSPORTS"),
+        ({"transfer": {"allowed_networks": ""}}, "SLIPSTREAM_TRANSFER__ALLOWED_NETWORKS"),
+        ({"transfer": {"allowed_networks": "10.0.0.0/8,here"}}, "SLIPSTREAM_TRANSFER__ALLOWED_NETWORKS"),
+        ({"transfer": {"allowed_networks": "10.0.0.1/8"}}, "SLIPSTREAM_TRANSFER__ALLOWED_NETWORKS"),
+        ({"transfer": {"max_connections": 0}}, "SLIPSTREAM_TRANSFER__MAX_CONNECTIONS"),
         ({"log_level": "loud"}, "SLIPSTREAM_LOG_LEVEL"),
     ],
 )
@@ -124,3 +129,17 @@ def test_every_setting_has_a_path() -> None:
     assert ("api_keys",) in paths
     assert len(paths) == len(set(paths))
     assert ("engine",) not in paths
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1", "10.1.2.3", "172.31.0.1", "192.168.1.1", "100.64.0.1", "::1", "fd00::1"]
+)
+def test_private_addresses_are_allowed_for_kv_by_default(address: str) -> None:
+    assert any(ip_address(address) in ip_network(network) for network in load_settings().transfer.allowed_networks)
+
+
+@pytest.mark.parametrize(
+    "address", ["8.8.8.8", "172.32.0.1", "192.169.0.1", "0.0.0.0", "224.0.0.1", "2001:db8::1", "::"]
+)
+def test_public_addresses_are_not(address: str) -> None:
+    assert not any(ip_address(address) in ip_network(network) for network in load_settings().transfer.allowed_networks)

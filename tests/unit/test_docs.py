@@ -20,9 +20,11 @@ from services.cli import flags
 from services.cli.main import app
 from services.gateway.app import BUS_COUNTERS
 from services.gateway.errors import to_api_error
+from services.gateway.gateway import Gateway
 from services.gateway.metrics import GatewayMetrics
-from services.gateway.routes import Gateway, Routes
+from services.gateway.routes import Routes
 from services.gateway.schemas import IGNORED, UNSUPPORTED, ChatBody, CompletionBody, GenerationBody
+from shared import faultpoints
 from shared.bus.requests import SCRIPTS
 from shared.config import Settings, setting_paths, variable_name
 from shared.errors import CapacityError, RequestError
@@ -183,7 +185,10 @@ def test_every_make_and_slipstream_command_in_the_docs_exists() -> None:
 def test_every_flag_and_variable_named_in_the_docs_exists() -> None:
     known_flags = {flag for command in COMMANDS.values() for flag in flags_of(command)}
     foreign = {"--help", "--build", "--scale", "--out", "--network", "--init", "--rounds"}
-    known_variables = {variable_name(path) for path in setting_paths()} | {"SLIPSTREAM_API_KEY"}
+    foreign |= {"--minutes", "--kinds", "--kills", "--seeds", "--aborts", "--seconds"}  # of the fault harness
+    of_the_model = {"SLIPSTREAM_TEST_MODEL_RUNS", "SLIPSTREAM_TEST_MODEL_SEED"}
+    known_variables = {variable_name(path) for path in setting_paths()} | {"SLIPSTREAM_API_KEY"} | of_the_model
+    known_variables.add(faultpoints.VARIABLE)
     for path in markdown_files():
         text = code(path.read_text(encoding="utf-8"))
         named = set(re.findall(r"(?:^|[\s`'])(--[a-z][a-z-]+)", text, re.MULTILINE))
@@ -205,6 +210,7 @@ def families() -> list[Metric]:
     metrics.watch_counters(BUS_COUNTERS, dict)
     metrics.outcomes.labels("r", "o").inc()
     metrics.rejections.labels("r").inc()
+    metrics.resumes.labels("resumed").inc()
     metrics.responses.labels("r", "200").inc()
     metrics.observe_usage(Usage(kv_bytes=1, transport="tcp"))
     return list(metrics.registry.collect())

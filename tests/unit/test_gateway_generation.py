@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from services.gateway.choices import ChoiceOutput, Delta, TextRules
 from services.gateway.errors import GenerationFailed
-from services.gateway.generation import ChoiceOutput, Delta, Generation, TextRules
+from services.gateway.generation import MAX_INBOX, Generation, submitted
+from services.gateway.metering import TokenMeter
 from services.gateway.metrics import GatewayMetrics
 from shared.protocol.journal import chain
 from shared.protocol.messages import End, Job, TokenLogprob, Tokens, Usage
+from shared.protocol.position import START, Position, Standing
 from shared.protocol.sampling import SamplingParams
 from shared.tokenizer.detokenizer import ChoiceText, Detokenizer
 from shared.tokenizer.stop_strings import StopStrings
@@ -134,12 +141,13 @@ def test_scoring_shows_only_the_end() -> None:
 
 
 class FakeHandle:
-    """A `StreamHandle` that a test feeds."""
+    """A `StreamReader` that a test feeds."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.request_id = job.request_id
-        self.last_event_id = ""
+        self.position = START
+        self.left: list[str] = []
+        self.was_abandoned = False
         self.cancels: list[tuple[str, bool, Any]] = []
         self._events: asyncio.Queue[Tokens | End | Exception] = asyncio.Queue()
         self._count = 0
@@ -159,12 +167,15 @@ class FakeHandle:
         if isinstance(event, Exception):
             raise event
         self._count += 1
-        self.last_event_id = f"1-{self._count}"
+        self.position = Position(1, self._count)
         self._ended = isinstance(event, End)
         return event
 
     async def cancel(self, reason: str, force: bool = False, upto: Any = None) -> None:
         self.cancels.append((reason, force, upto))
+
+    def leave(self, reason: str) -> None:
+        self.left.append(reason)
 
 
 class FakeOpener:
@@ -174,22 +185,34 @@ class FakeOpener:
         self.handles: list[FakeHandle] = []
         self._fail_at = fail_at
 
-    async def open(self, job: Job) -> Any:
+    async def open(self, job: Job, *, detachable: bool = False) -> Any:
         if len(self.handles) == self._fail_at:
             raise OSError("no bus")
         self.handles.append(FakeHandle(job))
         return self.handles[-1]
+
+    async def attach(self, request_id: str, *, detachable: bool = False) -> Any:
+        return None
+
+    async def standing(self, request_id: str, num_choices: int, after: Position) -> Standing | None:
+        return None
+
+    def let_go(self) -> int:
+        return 0
 
 
 DONE = End("finished", usage=Usage(kv_bytes=10, transport="tcp", prefill_cached_tokens=1))
 MakeGeneration = Callable[..., tuple[Generation, FakeOpener, GatewayMetrics]]
 
 
-def make(n: int = 1, jobs: int = 1, opener: FakeOpener | None = None, **rules: Any) -> Any:
+def make(
+    n: int = 1, jobs: int = 1, opener: FakeOpener | None = None, after: tuple[Position, ...] = (), **rules: Any
+) -> Any:
     opener = opener or FakeOpener()
     metrics = GatewayMetrics("m")
-    all_jobs = tuple(make_job(n, f"r{index}") for index in range(jobs))
-    return Generation(all_jobs, opener, make_rules(**rules), metrics), opener, metrics
+    meter = TokenMeter(metrics, time.monotonic())
+    readers = submitted([make_job(n, f"r{index}") for index in range(jobs)], opener, meter)
+    return Generation(readers, make_rules(**rules), meter, after), opener, metrics
 
 
 async def drain(generation: Generation) -> list[Delta]:
@@ -253,8 +276,8 @@ async def test_leaving_early_cancels() -> None:
 
     with pytest.raises(asyncio.CancelledError):
         await leave_early()
-    assert opener.handles[0].cancels == [], "it had ended"
-    assert opener.handles[1].cancels == [("client_gone", True, None)]
+    assert [handle.left for handle in opener.handles] == [["client_gone"], ["client_gone"]]
+    assert [handle.cancels for handle in opener.handles] == [[], []], "leaving is enough"
 
 
 async def test_a_failed_submission_cancels_what_was_submitted() -> None:
@@ -262,7 +285,7 @@ async def test_a_failed_submission_cancels_what_was_submitted() -> None:
     with pytest.raises(OSError, match="no bus"):
         async with generation:
             pass
-    assert [handle.cancels for handle in opener.handles] == [[("submit_failed", True, None)]] * 2
+    assert [handle.left for handle in opener.handles] == [["submit_failed"]] * 2
 
 
 async def test_a_stop_string_ends_its_choice_on_the_bus() -> None:
@@ -290,7 +313,7 @@ async def test_choices_of_several_jobs_are_numbered_through() -> None:
         deltas = await drain(generation)
     texts = [text_of([one for one in deltas if one.index == index]) for index in range(4)]
     assert texts == ["Hello", "Hello", "there", "there"]
-    assert {one.event_id.split(":")[0] for one in deltas} == {"0", "1"}, "the job is named before the journal id"
+    assert all(one.event_id.count(",") == 1 for one in deltas), "an id has the position of every job"
 
 
 @pytest.mark.parametrize("end", [End("error", "engine_error"), End("cancelled", "operator")])
@@ -298,8 +321,7 @@ async def test_an_end_without_a_finish_is_a_failure(end: End) -> None:
     generation, opener, _ = make(jobs=2)
     with pytest.raises(GenerationFailed):
         await run_through(generation, opener, *entries("Hel"), end)
-    assert opener.handles[0].cancels == []
-    assert opener.handles[1].cancels == [("client_gone", True, None)]
+    assert [handle.left for handle in opener.handles] == [["client_gone"]] * 2
 
 
 async def test_an_end_after_all_choices_finished_is_no_failure_whatever_it_says() -> None:
@@ -324,3 +346,106 @@ async def test_prompt_scores_are_kept_for_the_answer() -> None:
         opener.handles[0].feed(first, DONE)
         await drain(generation)
         assert generation.prompt_scores(0) == scored
+
+
+@pytest.mark.parametrize("end", [End("error", "engine_error"), End("error", "draining")])
+async def test_what_came_before_a_failure_is_given_out_first(end: End) -> None:
+    generation, opener, _ = make()
+    async with generation:
+        opener.handles[0].feed(*entries("Hello"), end)
+        deltas = await generation.next(5)
+        assert text_of(deltas) == "Hello"
+        assert generation.last_event_id == deltas[-1].event_id, "the failure is no place to go on from"
+        with pytest.raises(GenerationFailed):
+            await generation.next(5)
+        with pytest.raises(GenerationFailed):
+            await generation.next(5)
+
+
+async def test_what_the_client_had_is_marked_and_positions_never_go_back() -> None:
+    after = (Position(1, 2), Position(1, 4))
+    generation, opener, _ = make(jobs=2, after=after)
+    async with generation:
+        assert generation.is_resumed
+        for handle in opener.handles:
+            handle.feed(*entries("Hello there", finish="stop"), DONE)
+        deltas = await drain(generation)
+    for index, position in enumerate(after):
+        own = [delta for delta in deltas if delta.index == index]
+        assert [delta.known for delta in own] == [number < position.ev for number in range(len(own))]
+    places = [tuple(map(Position.parse, delta.event_id.split(","))) for delta in deltas]
+    for earlier, later in itertools.pairwise([after, *places]):
+        assert all(a <= b for a, b in zip(earlier, later, strict=True))
+    assert not generation.is_all_known
+
+
+async def test_a_client_that_has_everything_is_told_nothing() -> None:
+    events = entries("Hello", finish="stop")
+    generation, opener, _ = make(after=(Position(1, len(events) + 1),))
+    async with generation:
+        opener.handles[0].feed(*events, DONE)
+        assert all(delta.known for delta in await drain(generation))
+        assert generation.is_all_known
+
+
+async def test_a_client_that_reads_slowly_does_not_fill_the_memory() -> None:
+    generation, opener, _ = make()
+    async with generation:
+        opener.handles[0].feed(*entries("Hello there " * 200))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert generation._inbox.qsize() <= MAX_INBOX
+        opener.handles[0].feed(DONE)
+        assert len(await drain(generation)) > MAX_INBOX
+
+
+STOPS = ("the", "re wh", "zzz")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_text_after_a_token_depends_on_the_tokens_up_to_it_only(data: st.DataObject) -> None:
+    """However tokens are grouped into entries, by workers or by markers, the text up to each is the same."""
+    ids = data.draw(st.lists(st.integers(0, CODEC.vocab_size - 1), min_size=1, max_size=24))
+    finish = data.draw(st.sampled_from([None, "stop", "length"]))
+    rules: dict[str, Any] = {
+        "stops": data.draw(st.sampled_from([(), STOPS])),
+        "include_stop": data.draw(st.booleans()),
+        "wants_every_token": data.draw(st.booleans()),
+    }
+    if EOS in ids:
+        ids = ids[: ids.index(EOS) + 1]
+    cuts = sorted({0, len(ids), *data.draw(st.lists(st.integers(0, len(ids)), max_size=6))})
+    ends_apart = finish is not None and data.draw(st.booleans())
+    one_by_one, _ = shown_after(ids, list(range(len(ids) + 1)), finish, False, rules)
+    grouped, ended = shown_after(ids, cuts, finish, ends_apart, rules)
+    for length, text in grouped.items():
+        assert text == one_by_one[length], f"after {length} tokens"
+    assert ended == shown_after(ids, list(range(len(ids) + 1)), finish, False, rules)[1]
+
+
+def shown_after(
+    ids: list[int], cuts: list[int], finish: str | None, ends_apart: bool, rules: dict[str, Any]
+) -> tuple[dict[int, str], tuple[Any, ...]]:
+    """({number of tokens: text so far}, how it ended and with how many tokens) for entries cut at `cuts`."""
+    choice = ChoiceOutput(0, make_job(), make_rules(**rules))
+    text = ""
+    shown: dict[int, str] = {}
+    ended: tuple[Any, ...] = ()
+    spans = list(itertools.pairwise(cuts))
+    for start, stop in spans:
+        is_last = stop == len(ids)
+        h = chain("", ids[:start])
+        ends = finish if is_last and not ends_apart else None
+        events = [Tokens(0, start, h, chain(h, ids[start:stop]), tuple(ids[start:stop]), finish=ends)]
+        if is_last and ends_apart:
+            h = chain("", ids)
+            events.append(Tokens(0, stop, h, h, (), finish=finish))
+        for event in events:
+            delta = choice.push(event, "1-1")
+            if delta is not None:
+                text += delta.text
+                if delta.finish_reason is not None:
+                    ended = (delta.finish_reason, delta.stop_reason, choice.num_tokens)
+        shown[stop] = text
+    return shown, ended

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from services.gateway.params import Limits, SamplingDefaults, resolve_params, scores_only
+from services.gateway.params import Limits, SamplingDefaults, resolve_params, scores_only, worker_priority
 from services.gateway.schemas import ChatBody, CompletionBody, validate
 from shared.errors import ContextLengthExceeded, InvalidRequest, RequestError
 from shared.protocol.sampling import MAX_STOP_IDS, SamplingParams
@@ -133,3 +133,10 @@ def test_scoring_a_prompt_still_computes_one_token() -> None:
 
 def test_many_greedy_choices_are_accepted() -> None:
     assert resolve(chat(n=64, temperature=0)).n == 64
+
+
+@pytest.mark.parametrize(
+    ("given", "key_id", "priority"), [(-5, "k", 0), (0, "k", 0), (7, "k", 7), (-5, "", -5), (7, "", 7)]
+)
+def test_among_keys_nobody_goes_before_others_on_the_workers(given: int, key_id: str, priority: int) -> None:
+    assert worker_priority(given, key_id) == priority

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from services.gateway.generation import Delta, UsageTotals
+from services.gateway.choices import Delta
+from services.gateway.generation import UsageTotals
 from services.gateway.prepare import Plan
+from services.gateway.presentation import Presentation
 from services.gateway.responses import MIN_LOGPROB, Answer, finite, make_format, prompt_logprobs, usage_object
 from services.gateway.schemas import ChatBody, CompletionBody, validate
 from shared.protocol.messages import Job, TokenLogprob, Usage
@@ -24,7 +26,7 @@ def make_plan(kind: type[ChatBody] | type[CompletionBody], texts: tuple[str, ...
     given = {"messages": [{"role": "user", "content": "x"}]} if kind is ChatBody else {"prompt": "x"}
     body = validate(kind, {**given, **fields})
     job = Job("r", "m", HELLO, SamplingParams(max_tokens=5, seed=1, n=body.n), "g", "p", "d")
-    return Plan("id-1", 1700000000, body, (job,) * max(1, len(texts)), texts)
+    return Plan("id-1", 1700000000, Presentation.of(body, texts), (job,) * max(1, len(texts)))
 
 
 def score(logprob: float, *top: tuple[int, float]) -> TokenLogprob:
