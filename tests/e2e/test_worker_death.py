@@ -15,7 +15,7 @@ from tests.cluster import Cluster, Process
 from tests.inprocess import unsplit_tokens
 from tests.tiny_model import VOCAB
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
 SAMPLED: dict[str, Any] = {"temperature": 1.0, "seed": 4242}
 

@@ -185,7 +185,7 @@ def test_every_make_and_slipstream_command_in_the_docs_exists() -> None:
 def test_every_flag_and_variable_named_in_the_docs_exists() -> None:
     known_flags = {flag for command in COMMANDS.values() for flag in flags_of(command)}
     foreign = {"--help", "--build", "--scale", "--out", "--network", "--init", "--rounds"}
-    foreign |= {"--minutes", "--kinds", "--kills", "--seeds", "--aborts", "--seconds"}  # of the fault harness
+    foreign |= {"--minutes", "--kinds", "--kills", "--seeds", "--merciless", "--aborts", "--seconds"}  # fault harness
     of_the_model = {"SLIPSTREAM_TEST_MODEL_RUNS", "SLIPSTREAM_TEST_MODEL_SEED"}
     known_variables = {variable_name(path) for path in setting_paths()} | {"SLIPSTREAM_API_KEY"} | of_the_model
     known_variables.add(faultpoints.VARIABLE)
