@@ -20,7 +20,7 @@ from tests.faults.cluster import Topology
 from tests.faults.report import print_table, result, write_raw
 from tests.faults.schedule import KINDS, make_schedule, run_step
 
-TOPOLOGY = Topology(gateways=2, prefill=2, decode=2, proxied=True)
+TOPOLOGY = Topology(gateways=3, prefill=3, decode=3, proxied=True, veterans=True)
 MAX_STEPS = 100_000
 
 

@@ -37,12 +37,16 @@ KEYS = "SLIPSTREAM_API_KEYS"
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """How many of each; `proxied` puts a proxy on every link, `settings` are environment variables of all processes."""
+    """How many of each; `proxied` puts a proxy on every link, `settings` are environment variables of all processes.
+
+    With `veterans` the first process of each role is never made to end, so that its memory can be watched.
+    """
 
     gateways: int = 1
     prefill: int = 1
     decode: int = 1
     proxied: bool = False
+    veterans: bool = False
     settings: dict[str, str] = field(default_factory=dict)
 
 

@@ -111,7 +111,8 @@ def write_raw(out: Path | None, results: Sequence[dict[str, Any]], **summary: An
     if out is None:
         return
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=False)
+    status = ["git", "status", "--porcelain", "--", ".", ":!docs/data"]
+    changed = subprocess.run(status, capture_output=True, text=True, check=False)
     payload = {
         "command": " ".join(["python", "-m", *_module(), *sys.argv[1:]]),
         "commit": head.stdout.strip() + ("+changes" if changed.stdout.strip() else ""),

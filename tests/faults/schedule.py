@@ -20,6 +20,7 @@ from tests.faults.proxy import Behaviour, Direction, Kind, Proxy
 FREEZE_S = (0.5, 8.0)
 """Some end before a heartbeat is missed, some make a zombie."""
 
+LONG_FREEZE_S = 30.0
 PAUSE_S = (0.5, 3.0)
 REDIS_DOWN_S = (0.2, 2.0)
 LINK_S = (0.5, 3.0)
@@ -36,12 +37,19 @@ def _pick(cluster: FaultCluster, rng: random.Random, *roles: str) -> Slot:
     return rng.choice(spare or running)
 
 
+def _pick_mortal(cluster: FaultCluster, rng: random.Random, *roles: str) -> Slot:
+    """A process to end: no veteran."""
+    if not cluster.topology.veterans:
+        return _pick(cluster, rng, *roles)
+    return rng.choice([slot for slot in cluster.of_role(*roles) if slot.index])
+
+
 async def kill_worker(cluster: FaultCluster, rng: random.Random) -> str:
-    return await _kill(_pick(cluster, rng, *WORKERS))
+    return await _kill(_pick_mortal(cluster, rng, *WORKERS))
 
 
 async def kill_gateway(cluster: FaultCluster, rng: random.Random) -> str:
-    return await _kill(_pick(cluster, rng, "gateway"))
+    return await _kill(_pick_mortal(cluster, rng, "gateway"))
 
 
 async def _kill(slot: Slot) -> str:
@@ -52,16 +60,20 @@ async def _kill(slot: Slot) -> str:
 
 
 async def freeze_worker(cluster: FaultCluster, rng: random.Random) -> str:
-    return await _freeze(_pick(cluster, rng, *WORKERS), rng)
+    return await _freeze(_pick(cluster, rng, *WORKERS), rng.uniform(*FREEZE_S))
+
+
+async def freeze_worker_long(cluster: FaultCluster, rng: random.Random) -> str:
+    return await _freeze(_pick(cluster, rng, *WORKERS), LONG_FREEZE_S)
 
 
 async def freeze_gateway(cluster: FaultCluster, rng: random.Random) -> str:
-    return await _freeze(_pick(cluster, rng, "gateway"), rng)
+    return await _freeze(_pick(cluster, rng, "gateway"), rng.uniform(*FREEZE_S))
 
 
-async def _freeze(slot: Slot, rng: random.Random) -> str:
+async def _freeze(slot: Slot, seconds: float) -> str:
     assert slot.child is not None
-    child, seconds = slot.child, rng.uniform(*FREEZE_S)
+    child = slot.child
     child.stop()
     try:
         await asyncio.sleep(seconds)
@@ -71,14 +83,14 @@ async def _freeze(slot: Slot, rng: random.Random) -> str:
 
 
 async def drain_worker(cluster: FaultCluster, rng: random.Random) -> str:
-    return await _drain(_pick(cluster, rng, *WORKERS))
+    return await drain_slot(_pick_mortal(cluster, rng, *WORKERS))
 
 
 async def drain_gateway(cluster: FaultCluster, rng: random.Random) -> str:
-    return await _drain(_pick(cluster, rng, "gateway"))
+    return await drain_slot(_pick_mortal(cluster, rng, "gateway"))
 
 
-async def _drain(slot: Slot) -> str:
+async def drain_slot(slot: Slot) -> str:
     """SIGTERM; the supervisor starts another one when it has left."""
     assert slot.child is not None
     slot.child.terminate()
@@ -90,7 +102,7 @@ async def die_in_a_state(cluster: FaultCluster, rng: random.Random) -> str:
     """A worker dies at an exact state of the hand-off or of the generation, if it comes to that state soon."""
     point = rng.choice([name for name in faultpoints.POINTS if not name.startswith("gateway.")])
     role = point.partition(".")[0]
-    slot = _pick(cluster, rng, *([role] if role in WORKERS else WORKERS))
+    slot = _pick_mortal(cluster, rng, *([role] if role in WORKERS else WORKERS))
     assert slot.child is not None
     cluster.inject(slot, f"{point}:kill:{rng.randint(1, 3)}")
     await asyncio.wait({slot.child.ended}, timeout=5)
@@ -187,6 +199,7 @@ KINDS: Mapping[str, Fault] = {
     "kill-worker": kill_worker,
     "kill-gateway": kill_gateway,
     "freeze-worker": freeze_worker,
+    "freeze-worker-long": freeze_worker_long,
     "freeze-gateway": freeze_gateway,
     "drain-worker": drain_worker,
     "drain-gateway": drain_gateway,
