@@ -21,13 +21,13 @@ from services.gateway.deadline import Deadline
 from services.gateway.errors import Draining, StreamNotFound
 from services.gateway.gateway import Gateway
 from services.gateway.generation import Generation, attached, submitted
-from services.gateway.idempotency import KeyHeld, Ticket
+from services.gateway.idempotency import KeyHeld, Record, Ticket
 from services.gateway.metering import TokenMeter
 from services.gateway.prepare import Plan
 from services.gateway.presentation import Presentation
 from services.gateway.schemas import ChatBody, CompletionBody
 from shared.bus.stored import Claim, Held, StoredResponse
-from shared.errors import BusUnavailable, Overloaded
+from shared.errors import Overloaded
 from shared.protocol.position import Position
 from shared.tasks import heed_cancellation
 
@@ -94,7 +94,13 @@ class Dispatcher:
         gateway = self._gateway
         self.refuse_when_draining()
         async with gateway.admission.joined(client.key_id, len(stored.request_ids)):
-            readers = attached(stored.request_ids, gateway.streams, stored.detachable)
+            settings = gateway.settings
+            ttl_ms = int(1000 * (settings.request_timeout_s + settings.resume_ttl_s))
+
+            async def restore() -> None:
+                await gateway.responses.save(stored, ttl_ms)
+
+            readers = attached(stored.request_ids, gateway.streams, stored.detachable, restore)
             async with Generation(readers, gateway.text.rules(shown), after=after) as generation:
                 heed_cancellation()
                 yield Running(Plan(stored.response_id, stored.created, shown, generation.jobs), generation)
@@ -149,42 +155,29 @@ class Dispatcher:
         )
         async with place, AsyncExitStack() as stack:
             plan = replace(plan, jobs=deadline.bound(plan.jobs))
-            claim = await self._record(plan, asked, instead_of)
+            record = await self._record(plan, asked, instead_of)
             meter = TokenMeter(gateway.metrics, deadline.arrived)
-            readers = submitted(plan.jobs, gateway.streams, meter, detachable=asked.ticket is not None)
+            readers = submitted(plan.jobs, gateway.streams, meter, asked.ticket is not None, record.write_again)
             try:
                 generation = await stack.enter_async_context(Generation(readers, gateway.text.rules(plan.shown), meter))
             except BaseException:
-                await self._forget(plan, asked.ticket, claim)
+                await record.forget()
                 raise
             self._log_submitted(plan, client)
             yield Running(plan, generation)
 
-    async def _record(self, plan: Plan, asked: Asked, instead_of: Held | None) -> Claim | None:
+    async def _record(self, plan: Plan, asked: Asked, instead_of: Held | None) -> Record:
         """Store what a joining or resuming client needs. Raises KeyHeld and BusUnavailable."""
-        gateway = self._gateway
+        gateway, ticket = self._gateway, asked.ticket
         ids = tuple(job.request_id for job in plan.jobs)
         ttl_ms = max(job.budget_ms for job in plan.jobs) + int(1000 * gateway.settings.resume_ttl_s)
-        detachable = asked.ticket is not None
-        stored = StoredResponse(plan.response_id, plan.created, asked.client.key_id, ids, detachable, plan.shown.pack())
-        await gateway.responses.save(stored, ttl_ms)
-        if asked.ticket is None:
-            return None
-        claim = Claim(plan.response_id, asked.ticket.fingerprint, ttl_ms)
-        held = await gateway.responses.claim(asked.ticket.digest, claim, instead_of)
-        if held is not None:
-            await gateway.responses.forget(plan.response_id)
-            raise KeyHeld(held)
-        return claim
-
-    async def _forget(self, plan: Plan, ticket: Ticket | None, claim: Claim | None) -> None:
-        """The submission failed: nobody shall wait for it. Without Redis the records just expire."""
-        try:
-            if ticket is not None and claim is not None:
-                await self._gateway.responses.release(ticket.digest, claim)
-            await self._gateway.responses.forget(plan.response_id)
-        except BusUnavailable as exc:
-            _log.warning("records_left", response_id=plan.response_id, error=str(exc))
+        stored = StoredResponse(
+            plan.response_id, plan.created, asked.client.key_id, ids, ticket is not None, plan.shown.pack()
+        )
+        claim = None if ticket is None else Claim(plan.response_id, ticket.fingerprint, ttl_ms)
+        record = Record(gateway.responses, stored, ttl_ms, ticket, claim)
+        await record.write(instead_of)
+        return record
 
     def refuse_when_draining(self) -> None:
         """Raises Draining."""

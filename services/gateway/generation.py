@@ -21,7 +21,7 @@ from services.gateway.choices import ChoiceOutput, Delta, TextRules
 from services.gateway.errors import GenerationFailed, StreamNotFound
 from services.gateway.metering import TokenMeter
 from shared import faultpoints
-from shared.bus.handle import StreamReader
+from shared.bus.handle import Restore, StreamReader
 from shared.protocol.messages import OUTCOME_FINISHED, End, Job, TokenLogprob, Tokens, Usage
 from shared.protocol.position import START, Position, Standing
 
@@ -36,10 +36,12 @@ Readers = AsyncGenerator[StreamReader, None]
 class Streams(Protocol):
     """What is needed of `RequestStreams`."""
 
-    async def open(self, job: Job, *, detachable: bool = False) -> StreamReader:
-        """Submit a job. Raises BusUnavailable."""
+    async def open(self, job: Job, *, detachable: bool = False, restore: Restore | None = None) -> StreamReader:
+        """Submit a job; `restore` is called before it has to be submitted again. Raises BusUnavailable."""
 
-    async def attach(self, request_id: str, *, detachable: bool = False) -> StreamReader | None:
+    async def attach(
+        self, request_id: str, *, detachable: bool = False, restore: Restore | None = None
+    ) -> StreamReader | None:
         """Join a job from its first event on; None: unknown. Raises BusUnavailable."""
 
     async def standing(self, request_id: str, num_choices: int, after: Position) -> Standing | None:
@@ -49,17 +51,21 @@ class Streams(Protocol):
         """End every stream here without cancelling its job."""
 
 
-async def submitted(jobs: Sequence[Job], streams: Streams, meter: TokenMeter, detachable: bool = False) -> Readers:
+async def submitted(
+    jobs: Sequence[Job], streams: Streams, meter: TokenMeter, detachable: bool = False, restore: Restore | None = None
+) -> Readers:
     """Submit jobs one by one. Raises BusUnavailable."""
     for job in jobs:
-        yield await streams.open(job, detachable=detachable)
+        yield await streams.open(job, detachable=detachable, restore=restore)
         meter.submitted(job)
 
 
-async def attached(request_ids: Sequence[str], streams: Streams, detachable: bool = False) -> Readers:
+async def attached(
+    request_ids: Sequence[str], streams: Streams, detachable: bool = False, restore: Restore | None = None
+) -> Readers:
     """Join jobs that were submitted before. Raises StreamNotFound and BusUnavailable."""
     for request_id in request_ids:
-        reader = await streams.attach(request_id, detachable=detachable)
+        reader = await streams.attach(request_id, detachable=detachable, restore=restore)
         if reader is None:
             raise StreamNotFound("This stream is not known here any more.")
         yield reader

@@ -1,4 +1,7 @@
-"""The Idempotency-Key header: one key and one body of a client are one generation, however often it is asked for."""
+"""What is kept of an answer for whoever comes for it later, by its id or by the same Idempotency-Key.
+
+One key and one body of a client are one generation, however often it is asked for.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import structlog
+
 from services.gateway.errors import IdempotencyKeyReused
 from services.gateway.schemas import GenerationBody
-from shared.bus.stored import Held, digest_of
-from shared.errors import InvalidRequest, SlipstreamError
+from shared.bus.stored import Claim, Held, ResponseStore, StoredResponse, digest_of
+from shared.errors import BusUnavailable, InvalidRequest, SlipstreamError
 
 HEADER = "Idempotency-Key"
 REPLAYED_HEADER = "Idempotent-Replayed"
+
+_log = structlog.get_logger()
 
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
@@ -37,6 +44,42 @@ class Ticket:
         """Raises IdempotencyKeyReused when the key stands for an answer to another body."""
         if held.claim.fingerprint != self.fingerprint:
             raise IdempotencyKeyReused(f"This {HEADER} was used with another body; take a new key.", HEADER)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """An answer's record in Redis, and the claim of its idempotency key where it came with one."""
+
+    responses: ResponseStore
+    stored: StoredResponse
+    ttl_ms: int
+    ticket: Ticket | None
+    claim: Claim | None
+
+    async def write(self, instead_of: Held | None) -> None:
+        """Raises KeyHeld when the key was claimed meanwhile, and BusUnavailable."""
+        await self.responses.save(self.stored, self.ttl_ms)
+        if self.ticket is None or self.claim is None:
+            return
+        held = await self.responses.claim(self.ticket.digest, self.claim, instead_of)
+        if held is not None:
+            await self.responses.forget(self.stored.response_id)
+            raise KeyHeld(held)
+
+    async def write_again(self) -> None:
+        """After Redis forgot everything; a key that stands for another answer by now is left to it."""
+        await self.responses.save(self.stored, self.ttl_ms)
+        if self.ticket is not None and self.claim is not None:
+            await self.responses.claim(self.ticket.digest, self.claim)
+
+    async def forget(self) -> None:
+        """The submission failed: nobody shall wait for it. Without Redis the record just expires."""
+        try:
+            if self.ticket is not None and self.claim is not None:
+                await self.responses.release(self.ticket.digest, self.claim)
+            await self.responses.forget(self.stored.response_id)
+        except BusUnavailable as exc:
+            _log.warning("records_left", response_id=self.stored.response_id, error=str(exc))
 
 
 def ticket_of(headers: Mapping[str, str], key_id: str, body: GenerationBody) -> Ticket | None:

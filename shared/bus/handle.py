@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -16,6 +16,10 @@ FOLLOW_S = 0.2
 CANCEL_REPEAT_S = 0.5
 ABANDONED = frozenset({"client_gone", "submit_failed", "orphaned"})
 """Reasons of a cancel that only mean that nobody waits for the answer; `orphaned` is the sweeper's."""
+
+
+Restore = Callable[[], Awaitable[None]]
+"""Raises BusUnavailable; may be repeated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +35,18 @@ class StreamHandle:
     """What was delivered of one request, who reads it here, and what Redis has yet to hear.
 
     `detachable`: it goes on without readers for a while instead of being cancelled when the last one leaves.
+    `restore` writes again what Redis knew of it beside the request itself, before it is submitted again.
     `is_follower`: another gateway holds the request. `is_shared`: another one may follow it while it is ours.
     Written by `stream.RequestStreams`, apart from what the readers do through the methods here.
     """
 
-    def __init__(self, job: Job, nudge: asyncio.Event, *, detachable: bool = False) -> None:
+    def __init__(
+        self, job: Job, nudge: asyncio.Event, *, detachable: bool = False, restore: Restore | None = None
+    ) -> None:
         now = time.monotonic()
         self.job = job
         self.detachable = detachable
+        self.restore = restore
         self.delivery = Delivery(job.params.n)
         self.cancelling: Cancel | None = None
         self.cancel_sent = 0.0

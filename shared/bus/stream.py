@@ -27,7 +27,7 @@ from redis.exceptions import RedisError
 from shared import faultpoints
 from shared.bus.delivery import Verdict
 from shared.bus.events import EventFeed, Resubscribed
-from shared.bus.handle import CANCEL_REPEAT_S, StreamHandle, StreamReader
+from shared.bus.handle import CANCEL_REPEAT_S, Restore, StreamHandle, StreamReader
 from shared.bus.requests import RequestStore
 from shared.bus.results import CANCEL_GONE, Conflict, Polled
 from shared.errors import BusUnavailable, ProtocolError
@@ -104,14 +104,14 @@ class RequestStreams:
             handle.end(OUTCOME_ERROR, "gateway_stopped", "The gateway stopped.")
         self._handles.clear()
 
-    async def open(self, job: Job, *, detachable: bool = False) -> StreamReader:
-        """Submit a request and return its events.
+    async def open(self, job: Job, *, detachable: bool = False, restore: Restore | None = None) -> StreamReader:
+        """Submit a request and return its events. `restore` is called before it has to be submitted again.
 
         Raises BusUnavailable; the request is then cancelled in the background, in case it got through.
         """
         if job.request_id in self._handles:
             raise ProtocolError(f"request id {job.request_id} is in use")
-        handle = StreamHandle(job, self._nudge, detachable=detachable)
+        handle = StreamHandle(job, self._nudge, detachable=detachable, restore=restore)
         reader = handle.reader()
         self._handles[job.request_id] = handle
         try:
@@ -147,7 +147,9 @@ class RequestStreams:
         is_there = any(position == after for position, _ in handle.delivery.history)
         return Standing.KNOWN if is_there else Standing.LOST
 
-    async def attach(self, request_id: str, *, detachable: bool = False) -> StreamReader | None:
+    async def attach(
+        self, request_id: str, *, detachable: bool = False, restore: Restore | None = None
+    ) -> StreamReader | None:
         """Join a request from its first event on; this gateway holds it from now on. None: it is unknown.
 
         Whoever reads it at another gateway goes on reading there. A request that has ended is only read.
@@ -162,7 +164,8 @@ class RequestStreams:
             return None if handle is None else handle.reader()
         job, polled = found
         if handle is None:
-            handle = StreamHandle(replace(job, gateway=self._gateway), self._nudge, detachable=detachable)
+            mine = replace(job, gateway=self._gateway)
+            handle = StreamHandle(mine, self._nudge, detachable=detachable, restore=restore)
             self._handles[request_id] = handle
         handle.is_follower = False
         handle.is_shared |= polled.held_elsewhere
@@ -252,7 +255,7 @@ class RequestStreams:
                 await self._send_cancel(handle)
                 await self._read_journal(handle)
                 handle.reached = handle.heard = time.monotonic()
-        except (RedisError, OSError) as error:
+        except (RedisError, OSError, BusUnavailable) as error:
             _log.warning("journal_unreachable", request_id=handle.request_id, error=type(error).__name__)
             handle.heard = time.monotonic()
         except ProtocolError as error:
@@ -341,6 +344,8 @@ class RequestStreams:
             handle.end(OUTCOME_ERROR, "bus_unavailable", "Redis forgot the request again and again.")
             return
         self.counters.resubmits += 1
+        if handle.restore is not None:
+            await handle.restore()
         job = handle.job
         if job.budget_ms:
             job = replace(job, budget_ms=max(1, job.budget_ms - int(1000 * (time.monotonic() - handle.opened))))

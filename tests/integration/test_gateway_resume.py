@@ -274,6 +274,28 @@ async def test_a_position_that_redis_lost_is_refused_and_the_whole_can_be_read(r
         assert told((await second.resume(reader.response_id))[1])[0]["text"] == TEXT
 
 
+async def test_what_redis_forgot_can_be_joined_and_read_elsewhere_again(redis_url: str, deployment: str) -> None:
+    async with pair(redis_url, deployment, answer) as (first, second):
+        first.worker.gate.clear()
+        first.worker.pause_at = 5
+        body, key = {"messages": MESSAGES}, {"Idempotency-Key": "k"}
+        async with reading(first, CHAT, body, **key) as reader:
+            await reader.read(4)
+            client, prefix = first.worker.store._client, first.worker.store.keys.prefix
+            lost = [name async for name in client.scan_iter(count=500) if name.startswith(prefix.encode())]
+            assert any(b":resp:" in name for name in lost)
+            assert any(b":idem:" in name for name in lost)
+            await client.delete(*lost)
+            await eventually(lambda: first.gateway.streams.counters.resubmits == 1, "it is submitted again")  # type: ignore[attr-defined]
+            first.worker.gate.set()
+            rest = read_events((await reader.response.read()).decode())[1]
+        assert told([*reader.events, *rest])[0]["text"] == TEXT
+        assert told((await second.resume(reader.response_id))[1])[0]["text"] == TEXT
+        status, joined, response = await second.post(CHAT, body, headers=key)
+        assert (status, joined["id"]) == (200, reader.response_id)
+        assert response.headers["Idempotent-Replayed"] == "true"
+
+
 async def test_a_stream_can_be_cancelled_at_another_gateway(redis_url: str, deployment: str) -> None:
     async with pair(redis_url, deployment, answer) as (first, second):
         first.worker.gate.clear()

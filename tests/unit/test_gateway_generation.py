@@ -185,13 +185,13 @@ class FakeOpener:
         self.handles: list[FakeHandle] = []
         self._fail_at = fail_at
 
-    async def open(self, job: Job, *, detachable: bool = False) -> Any:
+    async def open(self, job: Job, **_: Any) -> Any:
         if len(self.handles) == self._fail_at:
             raise OSError("no bus")
         self.handles.append(FakeHandle(job))
         return self.handles[-1]
 
-    async def attach(self, request_id: str, *, detachable: bool = False) -> Any:
+    async def attach(self, request_id: str, **_: Any) -> Any:
         return None
 
     async def standing(self, request_id: str, num_choices: int, after: Position) -> Standing | None:
