@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 
+import pytest
 import torch
 
 from shared.errors import TransferError
@@ -194,3 +196,16 @@ async def until_abort(link: Link, accept: Callable[[FrameHeader], int]) -> str:
             message = await link.receive(accept)
             if message.kind is Kind.ABORT:
                 return Notice.decode(message.payload).reason
+
+
+def paused_copies(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """The next copy out of a pool tells that it was entered, and waits until it may go on."""
+    entered, go_on = threading.Event(), threading.Event()
+
+    def slow_gather(*args: object) -> torch.Tensor:
+        entered.set()
+        go_on.wait(10)
+        return gather(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("shared.transfer.session.gather", slow_gather)
+    return entered, go_on

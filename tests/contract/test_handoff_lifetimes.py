@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from dataclasses import replace
 
 import pytest
 import torch
 
-from shared.transfer.blocks import gather
 from shared.transfer.registry import TRANSPORTS
-from tests.transfer_rig import LIMITS, failure, readers_are, transfer_pair, within
+from tests.transfer_rig import LIMITS, failure, paused_copies, readers_are, transfer_pair, within
 
 pytestmark = pytest.mark.parametrize("transport", sorted(TRANSPORTS))
 
@@ -19,14 +17,7 @@ pytestmark = pytest.mark.parametrize("transport", sorted(TRANSPORTS))
 async def test_a_lease_that_ends_under_a_reader_keeps_the_blocks_until_its_copy_is_over(
     transport: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entered, go_on = threading.Event(), threading.Event()
-
-    def slow_gather(*args: object) -> torch.Tensor:
-        entered.set()
-        go_on.wait(10)
-        return gather(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr("shared.transfer.session.gather", slow_gather)
+    entered, go_on = paused_copies(monkeypatch)
     async with transfer_pair([transport], replace(LIMITS, lease_s=0.2)) as pair:
         export = pair.finished(8)
         pull = pair.pulling(export)

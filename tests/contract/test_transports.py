@@ -13,7 +13,7 @@ import torch
 
 from shared.kv.layout import KVLayout
 from shared.transfer.base import MAX_RECORD_BYTES, FrameTap
-from shared.transfer.blocks import gather, scatter
+from shared.transfer.blocks import scatter
 from shared.transfer.frame import DIGEST_BYTES
 from shared.transfer.registry import TRANSPORTS, load_transport
 from shared.transfer.shm import SharedMemoryRoute
@@ -25,6 +25,7 @@ from tests.transfer_rig import (
     Pair,
     failure,
     fake_reader,
+    paused_copies,
     random_cache,
     readers_are,
     transfer_pair,
@@ -331,14 +332,7 @@ def _wire_length(pair: Pair, transport: str, num_blocks: int) -> int:
 
 
 async def test_released_waits_for_the_copy_out_of_the_pool(transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    entered, go_on = threading.Event(), threading.Event()
-
-    def slow_gather(*args: object) -> torch.Tensor:
-        entered.set()
-        go_on.wait(10)
-        return gather(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr("shared.transfer.session.gather", slow_gather)
+    entered, go_on = paused_copies(monkeypatch)
     async with transfer_pair([transport]) as pair:
         export = pair.finished(8)
         pull = pair.pulling(export)
@@ -445,29 +439,6 @@ async def test_blocks_read_after_release_and_reassign_are_refused(
         else:
             pair.assert_target_untouched()
             assert pair.importer.refused == {"digest": 1}
-
-
-async def test_a_block_is_not_reused_while_its_frame_is_made(transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lease of an export ends in the middle of a copy: `released` waits for the copy, so no frame mixes two."""
-    entered, go_on = threading.Event(), threading.Event()
-
-    def slow_gather(*args: object) -> torch.Tensor:
-        entered.set()
-        go_on.wait(10)
-        return gather(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr("shared.transfer.session.gather", slow_gather)
-    async with transfer_pair([transport], replace(LIMITS, lease_s=0.05)) as pair:
-        export = pair.finished(8)
-        pull = pair.pulling(export)
-        await asyncio.to_thread(entered.wait, 10)
-        assert await asyncio.wait_for(export.closed(), 10) == "expired"
-        released = asyncio.create_task(export.released())
-        await asyncio.wait([released], timeout=0.05)
-        assert not released.done()
-        go_on.set()
-        await within(released)
-        assert (await failure(pull)).reason in {"aborted:expired", "peer_lost"}
 
 
 async def test_a_new_reader_takes_over_the_lease_of_a_dead_one(transport: str) -> None:
