@@ -48,7 +48,10 @@ class Process:
 
 @dataclass(slots=True)
 class Cluster:
-    """`with Cluster(folder, model) as cluster:` starts workers and one gateway, and waits until they are ready."""
+    """`with Cluster(folder, model) as cluster:` starts workers and one gateway, and waits until they are ready.
+
+    `module` is run instead of the command line, by tests that change something in every process.
+    """
 
     folder: Path
     model_path: str
@@ -56,6 +59,7 @@ class Cluster:
     decode: int = 1
     api_key: str = ""
     settings: dict[str, str] = field(default_factory=dict)
+    module: str = "services.cli"
     model: str = ""
     url: str = ""
     redis_url: str = ""
@@ -87,7 +91,7 @@ class Cluster:
         log = self.folder / f"{role}-{len(self.processes)}.log"
         with log.open("wb") as out:
             popen = subprocess.Popen(
-                [sys.executable, "-m", "services.cli", role], env=self._environment(settings), stdout=out, stderr=out
+                [sys.executable, "-m", self.module, role], env=self._environment(settings), stdout=out, stderr=out
             )
         process = Process(role, popen, log)
         self.processes.append(process)
