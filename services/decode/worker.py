@@ -238,25 +238,23 @@ class DecodeService:
             return None
         faultpoints.fault_point("decode.committed")
         self._count(usage)
-        self._catch_up(state, reservation, await self._journaled(offer, emitted))
+        state = await self._journaled(offer, state, emitted)
+        for sequence in reservation.sequences:
+            sequence.tokens[sequence.prompt_len :] = state.choices[sequence.choices[0]].tokens
         return DecodeRequest(offer.job, result.lease, state, usage, self._context.bridge, start)
 
-    async def _journaled(self, offer: Offer, emitted: tuple[Tokens, ...]) -> tuple[Tokens, ...]:
-        """Tokens journaled since the offer was read: the record's, or without a record what prefill appended."""
-        if emitted:
-            return emitted
-        polled = await self._context.store.poll(offer.request_id, offer.job.gateway)
-        if polled is None:
-            return ()
-        return tuple(entry.event for entry in polled.entries if isinstance(entry.event, Tokens))
+    async def _journaled(self, offer: Offer, state: JournalState, emitted: tuple[Tokens, ...]) -> JournalState:
+        """What the request holds now: beside what the offer told, the record's tokens, or without any the journal's.
 
-    def _catch_up(self, state: JournalState, reservation: Reservation, events: tuple[Tokens, ...]) -> None:
-        """Bring sequences up to the journal: the first token is prefill's, not ours."""
-        for event in events:
+        The journal is folded anew: a stop string may have cut a choice since, and what came before the cut does not
+        continue what is left of it.
+        """
+        for event in emitted:
             state.choices[event.choice].accept(event)
-        for sequence in reservation.sequences:
-            choice = state.choices[sequence.choices[0]]
-            sequence.tokens[sequence.prompt_len :] = choice.tokens
+        if emitted:
+            return state
+        polled = await self._context.store.poll(offer.request_id, offer.job.gateway)
+        return state if polled is None else fold(polled.entries, offer.job.params.n)
 
     async def _decode(self, request: DecodeRequest, reservation: Reservation, arrival: Arrival) -> None:
         received = arrival.record is not None

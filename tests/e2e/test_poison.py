@@ -38,9 +38,10 @@ def refusal(cluster: Cluster) -> tuple[int, dict[str, Any], str]:
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_the_guilty_one_of_a_batch_is_put_away(role: str, tiny_model: Path, tmp_path: Path) -> None:
     counts = {"prefill": 1, "decode": 1} | {role: NUM_WORKERS}
+    prefill, decode = counts["prefill"], counts["decode"]
     settings = {"POISONED_ROLE": role, "SLIPSTREAM_REDIS__HEARTBEAT_TTL_S": "2"}
     module = "tests.e2e.poisoned"
-    with Cluster(tmp_path, str(tiny_model), settings=settings, module=module, **counts) as cluster:
+    with Cluster(tmp_path, str(tiny_model), prefill, decode, settings=settings, module=module) as cluster:
         with ThreadPoolExecutor(len(PROMPTS) + 1) as pool:
             expected = list(pool.map(lambda prompt: answer(cluster, prompt), PROMPTS))
             neighbours = [pool.submit(answer, cluster, prompt) for prompt in PROMPTS]

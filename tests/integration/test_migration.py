@@ -111,6 +111,26 @@ async def test_a_decode_worker_lost_after_some_tokens(bench: Bench, params: dict
         assert contents(await bench.ended(job)) == expected, count
 
 
+async def test_a_stop_string_found_while_the_request_moves(bench: Bench) -> None:
+    """The gateway cuts one choice below what is journaled, after the offer was read and before it is committed."""
+    params = CHOICES | {"n": 2, "max_tokens": 60}
+    whole = await bench.generate(PROMPT, **params)
+    for count in range(12, 40, 4):
+        job = await bench.submit(PROMPT, **params)
+        held = await bench.journal(job)
+        while min(len(choice.tokens) for choice in held.choices) < count:
+            await bench.registry.beat_gateway("test")
+            held = await bench.journal(job)
+        assert await swept(bench, job) == "requeued"
+        stop = count - 3, held.choices[0].hash_at(count - 3)
+        await bench.store.cancel(job.request_id, "stop_string", upto={0: stop})
+        state = await bench.ended(job)
+        assert state.end is not None
+        assert state.end.outcome == OUTCOME_FINISHED
+        assert state.choices[0].tokens == whole.choices[0].tokens[: count - 3]
+        assert state.choices[1].tokens == whole.choices[1].tokens
+
+
 async def test_choices_that_lack_their_last_tokens_get_them(bench: Bench) -> None:
     """Several choices are not sampled by prefill a second time, so even one missing token needs the decode worker."""
     expected = await bench.generate(PROMPT, **CHOICES)
