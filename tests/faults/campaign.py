@@ -124,7 +124,7 @@ class Campaign:
             for slot in self.cluster.of_role("gateway", "prefill", "decode"):
                 if slot.child:
                     now = time.monotonic() - self.started
-                    trace = self.memory.setdefault(slot.child.pid, MemoryTrace(slot.child.pid))
+                    trace = self.memory.setdefault(slot.child.pid, MemoryTrace(slot.child.pid, slot.name))
                     trace.samples.append((now, invariants.footprint(slot.child.pid, []).memory_kib))
             await asyncio.sleep(SAMPLE_S)
 

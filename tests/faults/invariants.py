@@ -180,6 +180,7 @@ class MemoryTrace:
     """Private resident memory of one process over time."""
 
     pid: int
+    name: str
     samples: list[tuple[float, int]] = field(default_factory=list)
 
     def slope_kib_per_minute(self) -> float:
@@ -196,7 +197,7 @@ class MemoryTrace:
 def memory_flat(traces: Iterable[MemoryTrace], limit: float = MAX_SLOPE_KIB_PER_MINUTE) -> list[str]:
     """No process that was looked at often enough grows steadily."""
     return [
-        f"process {trace.pid} grows by {slope:.0f} KiB a minute"
+        f"{trace.name} (process {trace.pid}) grows by {slope:.0f} KiB a minute"
         for trace in traces
         if len(trace.samples) >= MIN_SAMPLES and (slope := trace.slope_kib_per_minute()) > limit
     ]

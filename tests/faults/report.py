@@ -88,7 +88,7 @@ def result(run: Campaign) -> dict[str, Any]:
         "recovery_p99_s": percentile(recovered, 0.99),
         "recovery_s": [round(seconds, 3) for seconds in sorted(recovered)],
         "memory_slope_kib_per_minute": {
-            str(trace.pid): round(trace.slope_kib_per_minute(), 1)
+            f"{trace.name} {trace.pid}": round(trace.slope_kib_per_minute(), 1)
             for trace in run.memory.values()
             if len(trace.samples) >= invariants.MIN_SAMPLES
         },

@@ -228,7 +228,7 @@ def test_tasks_that_stay_are_noticed() -> None:
 
 def grown(kib_per_minute: float) -> MemoryTrace:
     samples = [(float(second), 50_000 + int(kib_per_minute * second / 60)) for second in range(invariants.MIN_SAMPLES)]
-    return MemoryTrace(7, samples)
+    return MemoryTrace(7, "decode-0", samples)
 
 
 def test_steady_growth_of_memory_is_noticed() -> None:
