@@ -58,4 +58,4 @@ def test_the_guilty_one_of_a_batch_is_put_away(role: str, tiny_model: Path, tmp_
         )
         (note,) = json.loads(dead.stdout)
         assert (note["reason"], note["role"], int(note["deaths"])) == ("request_quarantined", role, 2)
-        assert str(POISON) not in dead.stdout
+        assert note["prompt"] == len(PROMPTS[0]) + 1, "its length, and nothing of its contents"
