@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import pytest_asyncio
+import structlog
 from redis.asyncio import Redis
 
 from shared.bus.connection import connect, connect_blocking
@@ -16,6 +18,17 @@ from shared.protocol.keys import Keys
 
 # Before torch is loaded: on shared cores, threads that spin while they wait make small products many times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """A test that sets up logging, as every command does, leaves it as it was: tests run in any order."""
+    root = logging.getLogger()
+    config, handlers, level = structlog.get_config(), root.handlers[:], root.level
+    yield
+    structlog.configure(**config)
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")

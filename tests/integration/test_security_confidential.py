@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,12 @@ COMPLETION = {"model": "tiny", "prompt": f"say {CANARY}", "max_tokens": 4, "seed
 
 
 @pytest.fixture
-def logs() -> Iterator[io.StringIO]:
+def logs() -> io.StringIO:
     """Everything that is logged, down to debug, as JSON."""
-    import logging
-
-    root, out = logging.getLogger(), io.StringIO()
-    handlers, level = root.handlers[:], root.level
+    out = io.StringIO()
     configure_logging("debug", "json", out)
-    root.setLevel(logging.DEBUG)
-    yield out
-    structlog.reset_defaults()
-    root.handlers[:], root.level = handlers, level
+    logging.getLogger().setLevel(logging.DEBUG)
+    return out
 
 
 @pytest.fixture

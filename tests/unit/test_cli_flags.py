@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import structlog
 from typer.testing import CliRunner
 
 from services.cli import flags
@@ -32,17 +29,11 @@ SAMPLES: dict[tuple[str, ...], Any] = {
 
 
 @pytest.fixture(autouse=True)
-def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No variables of the machine, no `.env`; commands that set up logging leave it as it was."""
+def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No variables of the machine, no `.env`."""
     for path in setting_paths():
         monkeypatch.delenv(variable_name(path), raising=False)
     monkeypatch.chdir(tmp_path)
-    root = logging.getLogger()
-    config, handlers, level = structlog.get_config(), root.handlers[:], root.level
-    yield
-    structlog.configure(**config)
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 def sample(flag: Flag) -> Any:

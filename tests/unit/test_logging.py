@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Iterator
 
 import pytest
 import structlog
@@ -14,13 +13,9 @@ from shared.observability.logging import FORBIDDEN_FIELDS, configure_logging
 
 
 @pytest.fixture
-def out() -> Iterator[io.StringIO]:
-    """A log stream; structlog and the root logger are as before afterwards."""
-    root = logging.getLogger()
-    before = (structlog.get_config(), root.handlers[:], root.level)
-    yield io.StringIO()
-    structlog.configure(**before[0])
-    root.handlers[:], root.level = before[1], before[2]
+def out() -> io.StringIO:
+    """A log stream."""
+    return io.StringIO()
 
 
 def lines(out: io.StringIO) -> list[dict[str, object]]:
