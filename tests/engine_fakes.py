@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from shared.engine.engine import Engine, Output
-from shared.engine.runner import ModelRunner
+from shared.engine.runner import TorchRunner
 from shared.engine.sampler import SampleInput, sample
 from shared.engine.scheduler import SchedulerLimits
 from shared.engine.sequence import Sequence
@@ -65,7 +65,7 @@ class ContextModel:
 def make_engine(num_blocks: int = 64, *, prefix_caching: bool = True, **limits: object) -> tuple[Engine, ContextModel]:
     model = ContextModel()
     kv = KVCache(KVLayout(1, 1, 1, BLOCK_SIZE), num_blocks)
-    runner = ModelRunner(model, kv, "cpu")
+    runner = TorchRunner(model, kv, "cpu")
     return Engine(runner, SchedulerLimits(**limits), prefix_caching=prefix_caching), model  # type: ignore[arg-type]
 
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import structlog
 
-from shared.engine.batch import build_step_input, rows_with_logits
+from shared.engine.batch import build_step, rows_with_logits
+from shared.engine.draws import plan_draws
 from shared.engine.noise import F32
-from shared.engine.runner import ModelRunner
+from shared.engine.runner import Runner, StepResult
 from shared.engine.sampler import sample, token_logprob
 from shared.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
 from shared.engine.sequence import Sequence, Status
@@ -74,7 +75,7 @@ class Reservation:
 class Engine:
     """Schedules, runs and commits; all methods but `load` are to be called on the one engine thread."""
 
-    def __init__(self, runner: ModelRunner, limits: SchedulerLimits, *, prefix_caching: bool = True) -> None:
+    def __init__(self, runner: Runner, limits: SchedulerLimits, *, prefix_caching: bool = True) -> None:
         self._runner = runner
         self._block_size = runner.cache.layout.block_size
         self._prefix_caching = prefix_caching
@@ -135,19 +136,19 @@ class Engine:
         if not plan:
             return []
         self._zero_fresh()
-        logits = self._runner.run(build_step_input(plan, self._block_size, self._runner.row_pad))
-        return self.commit(plan, logits)
+        result = self._runner.run(build_step(plan, self._block_size), plan_draws(plan))
+        return self.commit(plan, result)
 
-    def commit(self, plan: list[Scheduled], logits: F32) -> list[Output]:
+    def commit(self, plan: list[Scheduled], result: StepResult) -> list[Output]:
         """Advance the planned sequences and sample; a sequence ended since the plan was made is passed over."""
         self._steps += 1
         outputs, row = [], 0
         for item in plan:
-            rows = rows_with_logits(item)
-            chunk = logits[row : row + len(rows)]
-            row += len(rows)
+            rows = slice(row, row + len(rows_with_logits(item)))
+            row = rows.stop
             if item.sequence.status is Status.RUNNING:
-                outputs.append(self._commit_one(item, chunk))
+                drawn = int(result.drawn[row - 1]) if rows.start < row else -1
+                outputs.append(self._commit_one(item, result.logits[rows], drawn))
         return outputs
 
     def reserve(self, sequences: list[Sequence], num_tokens: int, growth: int) -> Reservation | None:
@@ -208,7 +209,7 @@ class Engine:
         members += [sequence for reservation in self._reservations for sequence in reservation.sequences]
         self.blocks.check_integrity([sequence.block_ids for sequence in members] + (retained or []))
 
-    def _commit_one(self, item: Scheduled, logits: F32) -> Output:
+    def _commit_one(self, item: Scheduled, logits: F32, drawn: int) -> Output:
         sequence = item.sequence
         first_row = sequence.num_computed
         sequence.num_computed += item.num_tokens
@@ -217,7 +218,7 @@ class Engine:
         try:
             if sequence.wants_prompt_logprobs:
                 self._collect_prompt_logprobs(sequence, first_row, logits)
-            samples = self._sample(sequence, logits) if not sequence.num_pending else ()
+            samples = self._sample(sequence, logits, drawn) if not sequence.num_pending else ()
         except Exception as error:  # one request's parameters must not take the batch down
             log.error("sequence_failed", request_id=sequence.request_id, error=type(error).__name__)
             self.free(sequence)
@@ -231,12 +232,13 @@ class Engine:
             self.scheduler.hold(sequence)
         return Output(sequence, samples, prompt_logprobs, sequence.num_computed)
 
-    def _sample(self, sequence: Sequence, logits: F32) -> tuple[Sampled, ...]:
-        return tuple(self._sample_choice(sequence, choice, logits[-1]) for choice in sequence.choices)
+    def _sample(self, sequence: Sequence, logits: F32, drawn: int) -> tuple[Sampled, ...]:
+        return tuple(self._sample_choice(sequence, choice, logits[-1], drawn) for choice in sequence.choices)
 
-    def _sample_choice(self, sequence: Sequence, choice: int, logits: F32) -> Sampled:
+    def _sample_choice(self, sequence: Sequence, choice: int, logits: F32, drawn: int) -> Sampled:
+        """`drawn` is what the runner drew for the sequence's only choice, -1 if it did not."""
         params, request = sequence.params, sequence.sample_input(choice)
-        token = sample(logits, request)
+        token = drawn if drawn >= 0 else sample(logits, request)
         self._generated += 1
         logprob = None if params.logprobs is None else token_logprob(logits, token, params.logprobs)
         return Sampled(choice, token, logprob, params.finish_reason([*request.output_ids, token]))

@@ -1,61 +1,89 @@
-"""Runs one step on the model: int arrays in, float32 logits of the asked rows out."""
+"""Runs one step on the model: int arrays in; logits of the asked rows out, or the tokens drawn from them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from shared.engine.batch import GroupInput, StepInput
+from shared.engine.draws import Draws
 from shared.engine.noise import F32
 from shared.kv.cache import KVCache
-from shared.model.batch import AttentionGroup, ForwardBatch
+from shared.model.batch import AttentionGroup, ForwardBatch, Int32, Int64, RaggedStep, padded_rows
+from shared.model.language_model import LanguageModel
+from shared.model.native import NativeDecoder
 
 
-class LanguageModel(Protocol):
-    """What the runner needs of a model; `shared.model.decoder.Decoder` is one."""
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """`logits` float32 [num_logit_rows, vocab_size] on the host; `drawn` [num_logit_rows], -1 where nobody drew."""
 
-    @property
-    def row_pad(self) -> int: ...
-
-    def forward(self, batch: ForwardBatch, kv: torch.Tensor) -> torch.Tensor: ...
-
-    def logits(self, rows: torch.Tensor) -> torch.Tensor: ...
+    logits: F32
+    drawn: Int32
 
 
-class ModelRunner:
+class Runner(Protocol):
     """Owns the model and the KV cache tensors; knows nothing of sequences."""
+
+    cache: KVCache
+
+    def run(self, step: RaggedStep, draws: Draws) -> StepResult:
+        """Compute one step. A runner may draw the rows `draws` describes; what it does not draw, the engine does."""
+        ...
+
+
+class TorchRunner:
+    """Plain torch, on any device; leaves all draws to the engine."""
 
     def __init__(self, model: LanguageModel, cache: KVCache, device: str) -> None:
         self._model = model
         self._device = torch.device(device)
         self.cache = cache
-        self.row_pad = model.row_pad
 
     @torch.inference_mode()
-    def run(self, step: StepInput) -> F32:
-        """Logits [len(step.logit_rows), vocab_size] on the host."""
-        batch = ForwardBatch(
-            token_ids=self._tensor(step.token_ids),
-            positions=self._tensor(step.positions),
-            slot_mapping=self._tensor(step.slot_mapping),
-            groups=tuple(self._group(group) for group in step.groups),
-        )
-        hidden = self._model.forward(batch, self.cache.data)
+    def run(self, step: RaggedStep, draws: Draws) -> StepResult:
+        hidden = self._model.forward(self._batch(step), self.cache.data)
+        nothing = np.full(len(step.logit_rows), -1, dtype=np.int32)
         if not len(step.logit_rows):
-            return np.zeros((0, 0), dtype=np.float32)
+            return StepResult(np.zeros((0, 0), dtype=np.float32), nothing)
         logits = self._model.logits(hidden[self._tensor(step.logit_rows)])
-        return logits.float().cpu().numpy()
+        return StepResult(logits.float().cpu().numpy(), nothing)
 
-    def _group(self, group: GroupInput) -> AttentionGroup:
+    def _batch(self, step: RaggedStep) -> ForwardBatch:
+        """The step's rows padded with rows of block 0, its sequences grouped by their number of new tokens."""
+        missing = padded_rows(len(step.token_ids), self._model.row_pad) - len(step.token_ids)
+        token_ids, positions, slots = (
+            self._tensor(np.pad(array, (0, missing))) for array in (step.token_ids, step.positions, step.slots)
+        )
+        counts = np.diff(step.starts)
+        groups = tuple(self._group(step, counts, int(length)) for length in np.unique(counts))
+        return ForwardBatch(token_ids, positions, slots, groups)
+
+    def _group(self, step: RaggedStep, counts: Int32, query_len: int) -> AttentionGroup:
+        members = np.flatnonzero(counts == query_len)
+        context_lens = step.context_lens[members]
+        block_size = self.cache.layout.block_size
+        width = -(-int(context_lens.max()) // block_size)
         return AttentionGroup(
-            rows=self._tensor(group.rows),
-            num_seqs=len(group.context_lens),
-            query_len=group.query_len,
-            block_tables=self._tensor(group.block_tables),
-            context_lens=self._tensor(group.context_lens),
+            rows=self._tensor((step.starts[members][:, None] + np.arange(query_len)).reshape(-1)),
+            num_seqs=len(members),
+            query_len=query_len,
+            block_tables=self._tensor(step.block_tables[members, :width]),
+            context_lens=self._tensor(context_lens),
         )
 
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device)
+    def _tensor(self, array: Int32 | Int64) -> torch.Tensor:
+        return torch.from_numpy(array.astype(np.int64)).to(self._device)
+
+
+class NativeRunner:
+    """The CPU kernels: one call a step, draws included."""
+
+    def __init__(self, model: NativeDecoder, cache: KVCache) -> None:
+        self._model = model
+        self.cache = cache
+
+    def run(self, step: RaggedStep, draws: Draws) -> StepResult:
+        return StepResult(*self._model.run(step, self.cache.data, draws))

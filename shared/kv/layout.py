@@ -12,7 +12,8 @@ _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 class KVLayout:
     """Shape of one worker's paged cache: `[layer][block][k|v][kv_head][slot][head_dim]`.
 
-    A head range is contiguous inside a block, so a later planner can cut it for tensor parallelism.
+    A head range is contiguous inside a block, so a later planner can cut it for tensor parallelism. With `k_transposed`
+    slot and dimension are swapped inside each head of k: `[head_dim][slot]`.
     """
 
     num_layers: int
@@ -20,6 +21,7 @@ class KVLayout:
     head_dim: int
     block_size: int
     dtype: str = "float32"
+    k_transposed: bool = False
 
     @property
     def bytes_per_token(self) -> int:
@@ -35,5 +37,6 @@ class KVLayout:
         return -(-num_tokens // self.block_size)
 
     def fingerprint(self) -> str:
-        text = f"v1:{self.num_layers}:{self.num_kv_heads}:{self.head_dim}:{self.block_size}:{self.dtype}"
+        order = ":kt" if self.k_transposed else ""
+        text = f"v1:{self.num_layers}:{self.num_kv_heads}:{self.head_dim}:{self.block_size}:{self.dtype}{order}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,6 +1,6 @@
-"""What one step computes: plain tensors, no sequence objects, no prefill flag.
+"""What one step computes: plain arrays, no sequence objects, no prefill flag.
 
-The runner (`shared.engine`) fills a `ForwardBatch`; `Decoder.forward(batch, kv)` turns it into hidden states and
+The engine lays a plan out as a `RaggedStep`; the torch runner makes a `ForwardBatch` of it; `Decoder.forward(batch, kv)` turns it into hidden states and
 `Decoder.logits(rows)` turns chosen rows of those into logits.
 """
 
@@ -8,12 +8,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
+
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
 
 
 def padded_rows(num_rows: int, row_pad: int) -> int:
     """Rows of a GEMM rounded up, so that every row goes through the same inner loop (engine-rules.md)."""
     return -(-num_rows // row_pad) * row_pad
+
+
+@dataclass(frozen=True, slots=True)
+class RaggedStep:
+    """One step as plain int arrays: the tokens of a sequence are neighbours, sequences follow one another.
+
+    The same bytes can be broadcast to other ranks, copied into a captured graph's buffers or handed to one native call.
+    """
+
+    token_ids: Int32  # [num_tokens]
+    positions: Int32  # [num_tokens]
+    slots: Int64  # [num_tokens], block_id * block_size + slot
+    starts: Int32  # [num_seqs + 1], first row of each sequence, then num_tokens
+    block_tables: Int32  # [num_seqs, width], padded with block 0
+    context_lens: Int32  # [num_seqs], tokens in the cache once this step's are written
+    logit_rows: Int32  # rows to turn into logits, in ascending order
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,9 @@ from shared.model.batch import ForwardBatch, padded_rows
 from shared.model.config import ModelConfig
 from shared.model.layers import LinearMap, Norm, rotate_
 
+_VERSION = "torch-1"
+"""Changes whenever this file or one it uses changes the bits of a result."""
+
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
@@ -95,6 +98,16 @@ class Decoder:
         num_rows = len(rows)
         padded = F.pad(rows, (0, 0, 0, padded_rows(num_rows, self.row_pad) - num_rows))
         return self._weights.lm_head(padded)[:num_rows].float()
+
+    @property
+    def kernel_set(self) -> str:
+        """Beside our own version: torch's, and which inner loops its libraries choose on this processor."""
+        if self.device.type == "cuda":
+            processor = f"{torch.cuda.get_device_name(self.device)} {torch.version.cuda}"
+        else:
+            mkl = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+            processor = f"{torch.backends.cpu.get_cpu_capability()} mkl={mkl}"
+        return f"{_VERSION} {torch.__version__} {self.device.type} {processor}"
 
     @property
     def num_layers(self) -> int:

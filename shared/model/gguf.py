@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.errors import ModelFormatError
+from shared.kernels.gguf_blocks import from_gguf
+from shared.kernels.packing import Matrix
 
 _MAGIC = b"GGUF"
 _MAX_HEADER_BYTES = 256 << 20  # its lists take ten times that in memory; large vocabularies need a tenth of it
@@ -101,14 +103,22 @@ class GGUFFile:
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        info = self.header.tensors[name]
-        raw = np.frombuffer(self._data, dtype=np.uint8, count=info.num_bytes, offset=info.start)
+        info, raw = self.header.tensors[name], self._raw(name)
         if TENSOR_TYPES[info.type_id].name == "F32":
             return raw.view("<f4").reshape(info.shape).astype(np.float32)
         if TENSOR_TYPES[info.type_id].name == "F16":
             return raw.view("<f2").reshape(info.shape).astype(np.float32)
         rows = raw.reshape(*info.shape[:-1], -1)
         return np.ascontiguousarray(dequantize(rows, GGMLQuantizationType(info.type_id)), dtype=np.float32)
+
+    def matrix(self, name: str) -> Matrix | None:
+        """A matrix as it is stored, quants and scales apart. KeyError if there is none of this name."""
+        info = self.header.tensors[name]
+        return from_gguf(TENSOR_TYPES[info.type_id].name, self._raw(name), info.shape) if len(info.shape) == 2 else None
+
+    def _raw(self, name: str) -> npt.NDArray[np.uint8]:
+        info = self.header.tensors[name]
+        return np.frombuffer(self._data, dtype=np.uint8, count=info.num_bytes, offset=info.start)
 
 
 def _mapped(path: Path) -> mmap.mmap:

@@ -16,11 +16,8 @@ from torch import Tensor
 
 from shared.kv.layout import KVLayout
 from shared.model.batch import AttentionGroup, ForwardBatch, padded_rows
-from shared.model.decoder import Decoder
+from shared.model.language_model import LanguageModel
 from shared.model.source import ModelSource
-
-KERNEL_SET = "torch-1"
-"""Changes whenever this project's own code changes the bits of a result."""
 
 _ROW_COUNTS = (1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 17, 20)
 _CHUNK_SIZES = (1, 2, 3, 5, 7, 11, 33)
@@ -43,7 +40,7 @@ class _Sequence:
     blocks: Tensor  # int64 [num_blocks]
 
 
-def probe(decoder: Decoder, layout: KVLayout) -> ProbeResult:
+def probe(decoder: LanguageModel, layout: KVLayout) -> ProbeResult:
     """Compare bits of a few short made-up sequences: alone, side by side and in chunks. Keeps no state."""
     runner = _Probe(decoder, layout)
     for what, same in runner.comparisons():
@@ -52,18 +49,16 @@ def probe(decoder: Decoder, layout: KVLayout) -> ProbeResult:
     return ProbeResult(True, f"bits equal for row counts {_ROW_COUNTS} and chunks of {_CHUNK_SIZES} tokens")
 
 
-def numerics_fingerprint(decoder: Decoder, source: ModelSource, kv_dtype: str) -> str:
+def numerics_fingerprint(decoder: LanguageModel, source: ModelSource, kv_dtype: str) -> str:
     """16 hex digits that are equal on workers whose results agree in every bit.
 
     Beside names and versions it covers the bits of a small computation on the model's own weights: which inner loops
     a library picks on this processor shows nowhere else.
     """
-    layout = KVLayout(decoder.num_layers, decoder.config.num_kv_heads, decoder.config.head_dim, 16, kv_dtype)
+    config = decoder.config
+    layout = KVLayout(decoder.num_layers, config.num_kv_heads, config.head_dim, 16, kv_dtype)
     parts = [
-        KERNEL_SET,
-        torch.__version__,
-        decoder.device.type,
-        _processor(decoder.device),
+        decoder.kernel_set,
         str(decoder.dtype),
         kv_dtype,
         str(decoder.row_pad),
@@ -73,16 +68,10 @@ def numerics_fingerprint(decoder: Decoder, source: ModelSource, kv_dtype: str) -
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _processor(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)} {torch.version.cuda}"
-    return f"{torch.backends.cpu.get_cpu_capability()} mkl={torch.backends.mkl.is_available()}"  # type: ignore[no-untyped-call]
-
-
 class _Probe:
     """Made-up sequences in a small cache of their own, on the model's first layers and its head."""
 
-    def __init__(self, decoder: Decoder, layout: KVLayout) -> None:
+    def __init__(self, decoder: LanguageModel, layout: KVLayout) -> None:
         self._decoder = decoder.truncated(_NUM_LAYERS)
         self._block_size = layout.block_size
         longest = decoder.config.max_position

@@ -8,10 +8,15 @@ from collections.abc import Callable
 import torch
 
 from shared.errors import ConfigurationError, ModelFormatError
+from shared.kernels.library import Isa, Library
+from shared.kv.layout import KVLayout
 from shared.model.decoder import Decoder
+from shared.model.native import KV_DTYPES, NativeDecoder
+from shared.model.native_weights import NativeLoader
 from shared.model.source import ModelSource
-from shared.model.weight_names import weight_names
-from shared.model.weights import TensorFile, WeightLoader
+from shared.model.tensor_file import TensorFile, TensorReader
+from shared.model.weight_names import WeightNames, weight_names
+from shared.model.weights import WeightLoader, read_rotations
 
 TENSOR_FILES: dict[str, str] = {
     "hf": "shared.model.safetensors:SafetensorsFolder",
@@ -43,10 +48,35 @@ def load(
     except RuntimeError as error:
         raise ConfigurationError(f"device {device!r} is not known; use cpu or cuda.") from error
     names = weight_names(source.kind, source.config.architecture)
-    loader = WeightLoader(open_tensors(source), names, source.config, target, _DTYPES[dtype])
+    loader = WeightLoader(_reader(source, names), names, source.config, target, _DTYPES[dtype])
     with torch.inference_mode():
         weights = loader.load(progress)
     return Decoder(source.config, weights, row_pad=row_pad)
+
+
+def load_native(
+    source: ModelSource,
+    library: Library,
+    layout: KVLayout,
+    threads: int,
+    *,
+    quantization: str | None = None,
+    isa: Isa | None = None,
+    progress: Callable[[float], None] = lambda _: None,
+) -> NativeDecoder:
+    """Pack the weights for the CPU kernels. Blocking; raises as `load`. Ask `why_not` first."""
+    names, config = weight_names(source.kind, source.config.architecture), source.config
+    reader = _reader(source, names)
+    rotations = read_rotations(reader, names, config)
+    turns = None if rotations is None else torch.view_as_real(rotations).numpy()
+    loader = NativeLoader(reader, names, config, quantization)
+    weights = loader.load(layout.block_size, KV_DTYPES[_DTYPES[layout.dtype]], turns, progress)
+    return NativeDecoder(config, weights, library, threads, library.best_isa if isa is None else isa)
+
+
+def _reader(source: ModelSource, names: WeightNames) -> TensorReader:
+    file, prefix = open_tensors(source), names.optional_prefix
+    return TensorReader(file, prefix if f"{prefix}{names.embedding}.weight" in file.shapes else "")
 
 
 def open_tensors(source: ModelSource) -> TensorFile:

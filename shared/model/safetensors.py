@@ -11,10 +11,13 @@ import struct
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
+import numpy as np
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from shared.errors import ModelFormatError
+from shared.kernels.packing import Kind, Matrix, dense
 from shared.model.source import weight_files
 
 _MAX_HEADER_BYTES = 100_000_000
@@ -50,6 +53,13 @@ class SafetensorsFolder:
             self._open[path] = safe_open(path, framework="pt")
         tensor: Tensor = self._open[path].get_tensor(name)
         return tensor
+
+    def matrix(self, name: str) -> Matrix | None:
+        """A tensor as the kernels can keep it: bfloat16 as it is, anything else as float32."""
+        tensor = self.read(name)
+        if tensor.dtype == torch.bfloat16:
+            return Matrix(Kind.BF16, tensor.view(torch.int16).numpy().view(np.uint16))
+        return dense(tensor.float().numpy())
 
 
 def read_tensor_index(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shared.errors import ModelFormatError
 from shared.model.config import NORM_RMS, ModelConfig
 from shared.model.decoder import DecoderLayer, DecoderWeights
 from shared.model.layers import (
@@ -26,6 +21,8 @@ from shared.model.layers import (
     rotary_frequencies,
     rotary_table,
 )
+from shared.model.row_order import qkv_order, rotary_order
+from shared.model.tensor_file import TensorReader
 from shared.model.weight_names import WeightNames
 
 _MLP_PAD = 64
@@ -33,28 +30,18 @@ _MLP_PAD = 64
 in a vector loop's tail, so a row's bits would depend on where in memory it lies (engine-rules.md)."""
 
 
-class TensorFile(Protocol):
-    """A model file or folder, opened: `shapes` of all tensors, and `read` for one of them."""
-
-    path: Path
-    shapes: dict[str, tuple[int, ...]]
-
-    def read(self, name: str) -> Tensor | npt.NDArray[np.float32]: ...
-
-
 class WeightLoader:
     """Builds a decoder's weights; reports the share of layers done to `progress`."""
 
     def __init__(
-        self, file: TensorFile, names: WeightNames, config: ModelConfig, device: torch.device, dtype: torch.dtype
+        self, reader: TensorReader, names: WeightNames, config: ModelConfig, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self._file = file
+        self._reader = reader
+        self._read = reader.tensor
         self._names = names
         self._config = config
         self._device = device
         self._dtype = dtype
-        prefix = names.optional_prefix
-        self._prefix = prefix if f"{prefix}{names.embedding}.weight" in file.shapes else ""
 
     def load(self, progress: Callable[[float], None]) -> DecoderWeights:
         """Read everything. Raises ModelFormatError naming the file and the tensor that is missing or misshapen."""
@@ -71,10 +58,11 @@ class WeightLoader:
         if not config.tie_word_embeddings:
             lm_head = self._place(self._read(f"{names.lm_head}.weight", config.vocab_size, config.hidden_size))
         final_norm = self._norm(names.final_norm, config.hidden_size)
+        rotations = read_rotations(self._reader, names, config)
+        if rotations is not None:
+            rotations = rotations.to(self._device)
         progress(1.0)
-        return DecoderWeights(
-            embedding, positions, self._rotations(), tuple(layers), final_norm, make_linear(lm_head, None)
-        )
+        return DecoderWeights(embedding, positions, rotations, tuple(layers), final_norm, make_linear(lm_head, None))
 
     def _layer(self, index: int) -> DecoderLayer:
         config, names = self._config, self._names
@@ -107,23 +95,8 @@ class WeightLoader:
         ]
         weight = torch.cat([part[0] for part in read])
         bias = torch.cat([part[1] for part in read if part[1] is not None]) if config.qkv_bias else None
-        order = self._qkv_order()
+        order = torch.from_numpy(qkv_order(config, self._names))
         return self._linear(weight[order], None if bias is None else bias[order])
-
-    def _qkv_order(self) -> Tensor:
-        """Rows of the fused matrix in the decoder's order."""
-        config = self._config
-        dims = torch.arange(config.head_dim)
-        if config.rope_theta is not None and not self._names.interleaved:
-            dims = dims.view(2, -1).t().flatten()
-        num_heads, num_kv = config.num_heads, config.num_kv_heads
-        if self._names.per_head_qkv and num_heads == num_kv:
-            heads = torch.arange(3 * num_heads).view(num_heads, 3).t().flatten()
-        else:
-            heads = torch.arange(num_heads + 2 * num_kv)
-        order = heads[:, None] * config.head_dim + torch.arange(config.head_dim)
-        order[: num_heads + num_kv] = heads[: num_heads + num_kv, None] * config.head_dim + dims
-        return order.flatten()
 
     def _feed_forward(self, index: int) -> tuple[LinearMap, LinearMap]:
         config, names = self._config, self._names
@@ -156,18 +129,8 @@ class WeightLoader:
     def _head_norm(self, name: str) -> RMSNorm:
         """A norm over each head, its weights in the order of the rotary pairs."""
         weight = self._read(f"{name}.weight", self._config.head_dim)
-        if not self._names.interleaved:
-            weight = weight.view(2, -1).t().flatten()
-        return RMSNorm(self._place(weight), self._config.norm_eps)
-
-    def _rotations(self) -> Tensor | None:
-        config, name = self._config, f"{self._names.rope_factors}.weight"
-        if config.rope_theta is None:
-            return None
-        frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        if name in self._file.shapes:
-            frequencies = frequencies / self._read(name, config.head_dim // 2).float()
-        return rotary_table(frequencies, config.max_position).to(self._device)
+        order = torch.from_numpy(rotary_order(self._config, self._names))
+        return RMSNorm(self._place(weight[order]), self._config.norm_eps)
 
     def _linear(self, weight: Tensor, bias: Tensor | None) -> LinearMap:
         return make_linear(self._place(weight), None if bias is None else self._place(bias))
@@ -175,16 +138,13 @@ class WeightLoader:
     def _place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._device, self._dtype).contiguous()
 
-    def _read(self, name: str, *shape: int) -> Tensor:
-        name = self._stored_name(name)
-        found = self._file.shapes.get(name)
-        if found is None:
-            raise ModelFormatError(f"{self._file.path}: the tensor {name!r} is missing.")
-        if found != shape:
-            raise ModelFormatError(
-                f"{self._file.path}: the tensor {name!r} has shape {found}, but the configuration asks for {shape}."
-            )
-        return torch.as_tensor(self._file.read(name))
 
-    def _stored_name(self, name: str) -> str:
-        return name if name in self._file.shapes else self._prefix + name
+def read_rotations(reader: TensorReader, names: WeightNames, config: ModelConfig) -> Tensor | None:
+    """The rotation of each position, complex64 [max_position, head_dim / 2]; None for learned positions."""
+    if config.rope_theta is None:
+        return None
+    frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    factors = f"{names.rope_factors}.weight"
+    if reader.has(factors):
+        frequencies = frequencies / reader.floats(factors, config.head_dim // 2)
+    return rotary_table(frequencies, config.max_position)

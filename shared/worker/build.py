@@ -12,20 +12,16 @@ import torch
 
 from shared.config import EngineSettings
 from shared.engine.engine import Engine
-from shared.engine.runner import ModelRunner
 from shared.engine.scheduler import SchedulerLimits
 from shared.errors import ConfigurationError
 from shared.kv.cache import KVCache
 from shared.kv.layout import KVLayout
-from shared.model.decoder import Decoder
 from shared.model.invariance import ProbeResult, numerics_fingerprint, probe
-from shared.model.registry import load
+from shared.model.language_model import LanguageModel
 from shared.model.source import ModelSource
+from shared.worker.kernels import choose_kernels, make_runner
 
 log = structlog.get_logger()
-
-ROW_PAD = 4
-"""Rows every matrix product is padded to in the invariant mode (engine-rules: measured on MKL)."""
 
 _DEFAULT_CONTEXTS = 2
 _MEMORY_SHARE = 0.3
@@ -58,17 +54,17 @@ def build_engine(
     progress: Callable[[float], None] = lambda _: None,
 ) -> BuiltEngine:
     """Blocking, up to many seconds. Raises ConfigurationError or ModelFormatError with what to change."""
-    set_threads(settings.threads)
-    decoder = load(
-        source, settings.device, settings.compute_dtype, progress, row_pad=ROW_PAD if settings.batch_invariant else 1
-    )
+    threads = set_threads(settings.threads)
+    kernels = choose_kernels(source, settings)
     layout = KVLayout(
         num_layers=source.config.num_layers,
         num_kv_heads=source.config.num_kv_heads,
         head_dim=source.config.head_dim,
         block_size=settings.block_size,
-        dtype=settings.cache_dtype,
+        dtype=kernels.cache_dtype(settings),
+        k_transposed=kernels.library is not None,
     )
+    decoder = kernels.load(source, settings, layout, threads, progress)
     max_model_len = min(settings.max_model_len or source.config.max_position, source.config.max_position)
     num_blocks = 1 + layout.num_blocks(kv_tokens(settings, layout, max_model_len))
     cache = KVCache(layout, num_blocks, settings.device, shared=shared_cache)
@@ -79,14 +75,14 @@ def build_engine(
         prefill_share=prefill_share,
         reserve_blocks=max(1, 32 // settings.block_size),
     )
-    runner = ModelRunner(decoder, cache, settings.device)
+    runner = make_runner(decoder, cache, settings.device)
     engine = Engine(runner, limits, prefix_caching=settings.enable_prefix_caching)
     invariance = check_invariance(decoder, layout, settings)
     numerics = numerics_fingerprint(decoder, source, layout.dtype)
     return BuiltEngine(engine, cache, layout, numerics, max_model_len, invariance, source)
 
 
-def check_invariance(decoder: Decoder, layout: KVLayout, settings: EngineSettings) -> ProbeResult:
+def check_invariance(decoder: LanguageModel, layout: KVLayout, settings: EngineSettings) -> ProbeResult:
     """Run the start-up probe on the model's own shapes; where it fails, equality is not promised."""
     if not settings.batch_invariant:
         return ProbeResult(ok=False, detail="batch_invariant is off: tokens may depend on what runs beside them")
@@ -96,11 +92,12 @@ def check_invariance(decoder: Decoder, layout: KVLayout, settings: EngineSetting
     return result
 
 
-def set_threads(threads: int | None) -> None:
-    """Fix the number of compute threads; None leaves one per core that this process may use."""
+def set_threads(threads: int | None) -> int:
+    """Fix the number of compute threads and return it; None leaves one per core that this process may use."""
     count = threads or len(os.sched_getaffinity(0))
     if torch.get_num_threads() != count:
         torch.set_num_threads(count)
+    return count
 
 
 def kv_tokens(settings: EngineSettings, layout: KVLayout, max_model_len: int) -> int:

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.engine.engine import Engine, Output
-from shared.engine.runner import ModelRunner
+from shared.engine.runner import TorchRunner
 from shared.engine.scheduler import SchedulerLimits
 from shared.engine.sequence import Sequence
 from shared.kv.block_manager import chain_root
@@ -87,7 +87,7 @@ def make(decoder: Decoder) -> Make:
     ) -> Made:
         cache = KVCache(KVLayout(LAYERS, KV_HEADS, HEAD_DIM, block_size, dtype), blocks)
         limits = SchedulerLimits(max_num_batched_tokens=budget)
-        return Engine(ModelRunner(decoder, cache, "cpu"), limits, prefix_caching=prefix_caching), cache
+        return Engine(TorchRunner(decoder, cache, "cpu"), limits, prefix_caching=prefix_caching), cache
 
     return make
 

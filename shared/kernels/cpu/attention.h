@@ -1,0 +1,174 @@
+// Paged attention over fixed splits of 128 keys.
+//
+// Each split gives every query row a partial result (maximum, sum, weighted values) that depends on the row's own position
+// only; partial results are merged in the order of the splits. So chunking, batching and threads cannot change a bit.
+// Query heads that share a KV head are rows of one tile: row = token * group + head.
+#pragma once
+
+#include <limits>
+
+#include "rows.h"
+
+namespace SL_NS {
+
+constexpr int SPLIT = 128;
+constexpr int MAX_QUERY_ROWS = 32;
+
+#if SL_LEVEL == 2
+constexpr int ROW_CHUNK = 8;
+#elif SL_LEVEL == 1
+constexpr int ROW_CHUNK = 4;
+#else
+constexpr int ROW_CHUNK = 4;
+#endif
+
+struct KvView {
+    const void* k;        // this layer and KV head of block 0: [head_dim][slot]
+    const void* v;        // [slot][head_dim]
+    int64_t block_stride;  // in values
+    int block_size, head_dim;
+    bool bf16;
+};
+
+// Query rows of one sequence and KV head; `queries` are scaled already.
+struct QueryTile {
+    const float* queries;  // [rows][head_dim]
+    const int32_t* position;  // of each row
+    int rows;
+    int window;  // 0: none
+};
+
+struct Partial {
+    float* acc;   // [rows][head_dim]
+    float* top;   // [rows]
+    float* total;  // [rows]
+};
+
+template <bool BF16>
+inline F16 kv_load(const void* base, int64_t at) {
+    return BF16 ? f_load_bf16((const uint16_t*)base + at) : f_load((const float*)base + at);
+}
+
+// Dot products of R rows with 16 keys for each of KEYS places; out is [row][score column].
+template <bool BF16, int R, int KEYS>
+inline void score(const KvView& kv, const int64_t* place, const float* q, float* out, const int* column) {
+    F16 acc[R][KEYS];
+    for (int r = 0; r < R; r++)
+        for (int n = 0; n < KEYS; n++) acc[r][n] = f_set(0.0f);
+    for (int d = 0; d < kv.head_dim; d++)
+        for (int n = 0; n < KEYS; n++) {
+            F16 key = kv_load<BF16>(kv.k, place[n] + (int64_t)d * kv.block_size);
+            for (int r = 0; r < R; r++) acc[r][n] = f_fma(key, f_set(q[r * kv.head_dim + d]), acc[r][n]);
+        }
+    for (int r = 0; r < R; r++)
+        for (int n = 0; n < KEYS; n++) f_store(out + r * SPLIT + column[n], acc[r][n]);
+}
+
+template <bool BF16, int R>
+inline void score_rows(const KvView& kv, const int32_t* table, int first, int count, const float* q, float* out) {
+    auto place = [&](int key) {
+        return (int64_t)table[key / kv.block_size] * kv.block_stride + key % kv.block_size;
+    };
+    int key = 0;
+    for (; key + 32 <= count; key += 32) {
+        int64_t places[2] = {place(first + key), place(first + key + 16)};
+        int columns[2] = {key, key + 16};
+        score<BF16, R, 2>(kv, places, q, out, columns);
+    }
+    if (key < count) {
+        int64_t at = place(first + key);
+        score<BF16, R, 1>(kv, &at, q, out, &key);
+    }
+}
+
+// Weighted sums of values for R rows; weights are [row][SPLIT].
+template <bool BF16, int R>
+inline void weigh(const KvView& kv, const int64_t* place, int count, const float* weights, float* acc) {
+    for (int d = 0; d < kv.head_dim; d += 2 * LANES) {
+        bool both = d + LANES < kv.head_dim;
+        int64_t second = both ? LANES : 0;
+        F16 low[R], high[R];
+        for (int r = 0; r < R; r++) low[r] = high[r] = f_set(0.0f);
+        for (int key = 0; key < count; key++) {
+            F16 a = kv_load<BF16>(kv.v, place[key] + d), b = kv_load<BF16>(kv.v, place[key] + d + second);
+            for (int r = 0; r < R; r++) {
+                F16 weight = f_set(weights[r * SPLIT + key]);
+                low[r] = f_fma(a, weight, low[r]);
+                high[r] = f_fma(b, weight, high[r]);
+            }
+        }
+        for (int r = 0; r < R; r++) {
+            f_store(acc + r * kv.head_dim + d, low[r]);
+            if (both) f_store(acc + r * kv.head_dim + d + LANES, high[r]);
+        }
+    }
+}
+
+// Softmax weights of one row in place; keys the row may not see weigh nothing. Returns through top and total.
+inline void soften(float* scores, int first, int count, int position, int window, float* top, float* total) {
+    const float nothing = -std::numeric_limits<float>::infinity();
+    int end = position + 1 - first, begin = window ? position + 1 - window - first : 0;
+    for (int i = end < 0 ? 0 : end; i < count; i++) scores[i] = nothing;
+    for (int i = 0; i < begin && i < count; i++) scores[i] = nothing;
+    F16 most = f_set(nothing);
+    for (int i = 0; i < count; i += LANES) most = f_max(most, f_load(scores + i));
+    *top = f_top(most);
+    F16 sum = f_set(0.0f);
+    for (int i = 0; i < count; i += LANES) {
+        F16 weight = f_exp(f_load(scores + i) - f_set(*top));
+        f_store(scores + i, weight);
+        sum = sum + weight;
+    }
+    *total = f_sum(sum);
+}
+
+template <bool BF16, int R>
+inline void split_rows(const KvView& kv, const int32_t* table, const int64_t* place, int first, int count,
+                       const QueryTile& tile, int row, const Partial& out) {
+    alignas(64) float scores[R * SPLIT];
+    score_rows<BF16, R>(kv, table, first, count, tile.queries + row * kv.head_dim, scores);
+    for (int r = 0; r < R; r++)
+        soften(scores + r * SPLIT, first, count, tile.position[row + r], tile.window, out.top + row + r, out.total + row + r);
+    weigh<BF16, R>(kv, place, count, scores, out.acc + row * kv.head_dim);
+}
+
+// Partial results of all rows over split number `split`; `last` is the largest position among the rows.
+template <bool BF16>
+inline void attend_split(const KvView& kv, const int32_t* table, int split, int last, const QueryTile& tile, const Partial& out) {
+    int first = split * SPLIT;
+    int count = last + 1 - first;
+    count = count > SPLIT ? SPLIT : (count + LANES - 1) / LANES * LANES;
+    int64_t place[SPLIT];
+    for (int key = 0; key < count; key++) {
+        int at = first + key;
+        place[key] = (int64_t)table[at / kv.block_size] * kv.block_stride + (int64_t)(at % kv.block_size) * kv.head_dim;
+    }
+    int row = 0;
+    for (; row + ROW_CHUNK <= tile.rows; row += ROW_CHUNK)
+        split_rows<BF16, ROW_CHUNK>(kv, table, place, first, count, tile, row, out);
+    switch (tile.rows - row) {
+        case 7: split_rows<BF16, 7>(kv, table, place, first, count, tile, row, out); break;
+        case 6: split_rows<BF16, 6>(kv, table, place, first, count, tile, row, out); break;
+        case 5: split_rows<BF16, 5>(kv, table, place, first, count, tile, row, out); break;
+        case 4: split_rows<BF16, 4>(kv, table, place, first, count, tile, row, out); break;
+        case 3: split_rows<BF16, 3>(kv, table, place, first, count, tile, row, out); break;
+        case 2: split_rows<BF16, 2>(kv, table, place, first, count, tile, row, out); break;
+        case 1: split_rows<BF16, 1>(kv, table, place, first, count, tile, row, out); break;
+        default: break;
+    }
+}
+
+// Merge the next split's partial result of one row into the result so far.
+inline void merge_row(const float* acc, float top, float total, float* into, float* into_top, float* into_total, int head_dim) {
+    if (total == 0.0f) return;  // the row sees nothing of this split
+    float highest = *into_top > top ? *into_top : top;
+    float factors[LANES] = {*into_top - highest, top - highest};
+    f_store(factors, f_exp(f_load(factors)));
+    float keep = *into_total == 0.0f ? 0.0f : factors[0], add = factors[1];
+    *into_total = std::fma(*into_total, keep, total * add);
+    *into_top = highest;
+    for (int d = 0; d < head_dim; d += LANES)
+        f_store(into + d, f_fma(f_load(into + d), f_set(keep), f_load(acc + d) * f_set(add)));
+}
+
+}  // namespace SL_NS

@@ -1,0 +1,104 @@
+// The C interface of the CPU kernels: plain structs and pointers, called through ctypes with the GIL released.
+//
+// All arrays belong to the caller and stay alive until `sl_destroy`. Nothing here allocates per step beyond a scratch area
+// that grows to the largest step seen. Sizes are checked by the Python side (shared/kernels/native.py), once, at load.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Changes whenever the bits of a result or a struct below change; the loader refuses another number.
+#define SL_ABI 1
+
+// How a matrix is stored. Rows are outputs. Tiles of 16 rows lie one after the other; inside a tile, blocks of 32 inputs
+// (16 for SL_Q8_FLOAT16): 16 scales, 16 minima where the kind has them, then the quants, 4 inputs of each of 16 rows at a
+// time. 4-bit quants: low nibbles are the first half of the block, high nibbles the second. 8-bit quants carry +128.
+// Value = scale * quant (+ minimum). Dense kinds hold [input][16 rows] in each tile.
+enum sl_kind {
+    SL_F32 = 0,
+    SL_BF16 = 1,
+    SL_Q4_HALF = 2,     // float16 scale and minimum
+    SL_Q4_FLOAT = 3,    // float32 scale and minimum
+    SL_Q8_HALF = 4,     // float16 scale
+    SL_Q8_HALF_MIN = 5, // float16 scale and minimum
+    SL_Q8_FLOAT16 = 6   // float32 scale for every 16 inputs
+};
+
+enum sl_norm { SL_NORM_RMS = 0, SL_NORM_LAYER = 1 };
+enum sl_activation { SL_SILU = 0, SL_GELU_TANH = 1, SL_RELU = 2 };
+enum sl_kv { SL_KV_F32 = 0, SL_KV_BF16 = 1 };
+enum sl_isa { SL_ISA_SCALAR = 0, SL_ISA_AVX2 = 1, SL_ISA_AVX512 = 2 };
+enum sl_sample { SL_SAMPLE_NONE = 0, SL_SAMPLE_GREEDY = 1, SL_SAMPLE_GUMBEL = 2 };
+
+// num_out and num_in are padded to multiples of 16 and 32.
+typedef struct {
+    int32_t kind, num_out, num_in;
+    const void* data;   // 64-byte aligned
+    const float* bias;  // [num_out] or null
+} sl_matrix;
+
+typedef struct {
+    const float* weight;
+    const float* bias;  // null for RMS norms
+} sl_norm_weights;
+
+// `qkv`: q heads, k heads, v heads, rotary pairs as neighbours, in up to three parts when they are of unlike kinds. `into`:
+// when gated, 16 rows of gate and 16 rows of up in turn.
+typedef struct {
+    sl_norm_weights attn_norm, mlp_norm;
+    sl_matrix qkv[3];
+    int32_t num_qkv;
+    sl_matrix attn_out, into, out;
+    const float* q_norm;  // [head_dim] or null
+    const float* k_norm;
+} sl_layer;
+
+typedef struct {
+    int32_t vocab_size, hidden_size, inner_size, num_layers, num_heads, num_kv_heads, head_dim, max_position;
+    int32_t norm, activation, gated, sliding_window;  // window 0: none
+    int32_t block_size, kv_dtype;
+    float norm_eps, attention_scale;
+    const sl_layer* layers;
+    sl_matrix embedding, lm_head;  // may be the same
+    const float* positions;        // [max_position][hidden_size] or null
+    const float* rotations;        // [max_position][head_dim / 2][cos, sin] or null
+    sl_norm_weights final_norm;
+} sl_model;
+
+// One ragged step. Tokens of a sequence are neighbours; `starts` has num_seqs + 1 entries.
+typedef struct {
+    int32_t num_tokens, num_seqs, table_width, num_logit_rows;
+    const int32_t* token_ids;
+    const int32_t* positions;
+    const int64_t* slots;         // block * block_size + slot, where each token's K and V go
+    const int32_t* starts;
+    const int32_t* block_tables;  // [num_seqs][table_width]
+    const int32_t* logit_rows;
+    void* kv;                     // [layer][block][k|v][kv_head]; k is [head_dim][slot], v is [slot][head_dim]
+    int64_t num_blocks;
+    float* logits;                // [num_logit_rows][vocab_size]
+    // Sampling of each logit row, or null: the row's way, and for SL_SAMPLE_GUMBEL its key.
+    const int32_t* sample;
+    const uint64_t* seeds;
+    const uint32_t* ordinals;
+    const uint32_t* choices;
+    const double* temperatures;
+    int32_t* sampled;             // [num_logit_rows]; -1 where `sample` is SL_SAMPLE_NONE
+} sl_step;
+
+int32_t sl_abi(void);
+int32_t sl_best_isa(void);                                              // what this processor can run
+void* sl_create(const sl_model* model, int32_t num_threads, int32_t isa);  // null when the isa cannot run here
+void sl_destroy(void* engine);
+int32_t sl_run(void* engine, const sl_step* step);                      // 0, or -1 when memory ran out
+// Hidden rows after the final norm of the last step, [num_tokens][hidden_size]; for tests.
+const float* sl_hidden(void* engine);
+// One product of float rows [num_rows][num_in] with a matrix, [num_rows][num_out]; for tests and benchmarks.
+int32_t sl_matmul(void* engine, const sl_matrix* matrix, const float* rows, int32_t num_rows, float* out);
+
+#ifdef __cplusplus
+}
+#endif

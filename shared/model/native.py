@@ -1,0 +1,151 @@
+"""The decoder on the CPU kernels: the same surface as `shared.model.decoder.Decoder`, one native call a step."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from shared.kernels.library import ABI, CModel, CStep, Isa, Library
+from shared.model.batch import ForwardBatch, Int32, RaggedStep
+from shared.model.config import ModelConfig
+from shared.model.native_weights import NativeWeights
+
+F32 = npt.NDArray[np.float32]
+
+KV_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""`sl_kv` of the C interface."""
+
+
+class Draws(Protocol):
+    """How each logit row is sampled in the native call; arrays of one length (see `shared.engine.draws`)."""
+
+    @property
+    def ways(self) -> Int32: ...
+    @property
+    def seeds(self) -> npt.NDArray[np.uint64]: ...
+    @property
+    def ordinals(self) -> npt.NDArray[np.uint32]: ...
+    @property
+    def choices(self) -> npt.NDArray[np.uint32]: ...
+    @property
+    def temperatures(self) -> npt.NDArray[np.float64]: ...
+
+
+class NativeDecoder:
+    """Computes one step at a time against a paged KV cache that the caller owns. Not thread-safe.
+
+    The cache's K halves hold [head_dim, slot] in each block, as `KVLayout.k_transposed` says.
+    """
+
+    row_pad = 1  # every row has the same bits whatever is computed beside it
+
+    def __init__(self, config: ModelConfig, weights: NativeWeights, library: Library, threads: int, isa: Isa) -> None:
+        self.config = config
+        self.isa = isa
+        self._weights = weights
+        self._library = library
+        self._threads = threads
+        self._start(weights.model)
+
+    def _start(self, model: CModel) -> None:
+        self._model = model
+        self._engine = self._library.create(model, self._threads, self.isa)
+
+    def __del__(self) -> None:
+        if getattr(self, "_engine", 0):
+            self._library.destroy(self._engine)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @property
+    def kernel_set(self) -> str:
+        """The same on every instruction set, because the bits are."""
+        return f"cpu-{ABI}"
+
+    @property
+    def num_layers(self) -> int:
+        return int(self._model.num_layers)
+
+    @property
+    def num_bytes(self) -> int:
+        """Resident size of the weights."""
+        return self._weights.num_bytes
+
+    def truncated(self, num_layers: int) -> NativeDecoder:
+        """The same decoder with its first layers only, sharing all weights."""
+        shorter = copy.copy(self)
+        model = CModel.from_buffer_copy(self._model)
+        model.num_layers = min(num_layers, self.num_layers)
+        shorter._start(model)
+        return shorter
+
+    def run(self, step: RaggedStep, kv: Tensor, draws: Draws | None = None) -> tuple[F32, Int32]:
+        """Logits [len(logit_rows), vocab_size] and, with `draws`, the sampled ids (-1 where none was asked for)."""
+        num_rows = len(step.logit_rows)
+        logits = np.empty((num_rows, self.config.vocab_size), dtype=np.float32)
+        sampled = np.full(num_rows, -1, dtype=np.int32)
+        call = CStep(len(step.token_ids), len(step.starts) - 1, step.block_tables.shape[1], num_rows)
+        arrays = {"logits": logits, "sampled": sampled}
+        for name in ("token_ids", "positions", "slots", "starts", "block_tables", "logit_rows"):
+            arrays[name] = getattr(step, name)
+        if draws is not None:
+            arrays |= {"sample": draws.ways, "seeds": draws.seeds, "ordinals": draws.ordinals}
+            arrays |= {"choices": draws.choices, "temperatures": draws.temperatures}
+        for name, array in arrays.items():
+            setattr(call, name, array.ctypes.data)
+        call.kv, call.num_blocks = kv.data_ptr(), kv.shape[1]
+        self._library.run(self._engine, call)
+        return logits, sampled
+
+    def forward(self, batch: ForwardBatch, kv: Tensor) -> Tensor:
+        """Hidden states after the final norm, [num_tokens, hidden_size]; as `Decoder.forward`."""
+        self.run(ragged(batch), kv)
+        shape = (len(batch.token_ids), self.config.hidden_size)
+        address = self._library.hidden(self._engine)
+        rows = np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), shape)
+        return torch.from_numpy(rows.copy())
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """float32 [num_rows, vocab_size] for any number of hidden rows [num_rows, hidden_size]."""
+        head = self._model.lm_head
+        values = np.ascontiguousarray(rows.numpy(), dtype=np.float32)
+        out = np.empty((len(values), head.num_out), dtype=np.float32)
+        if len(values):
+            self._library.matmul(self._engine, head, values.ctypes.data, len(values), out.ctypes.data)
+        return torch.from_numpy(out[:, : self.config.vocab_size])
+
+
+def ragged(batch: ForwardBatch) -> RaggedStep:
+    """A batch of groups as one run of sequences, in row order."""
+    sequences = [
+        (int(rows[0]), group.query_len, table)
+        for group in batch.groups
+        for rows, table in zip(group.rows.view(group.num_seqs, -1), group.block_tables.numpy(), strict=True)
+    ]
+    sequences.sort(key=lambda sequence: sequence[0])
+    width = max((len(table) for _, _, table in sequences), default=1)
+    tables = np.zeros((len(sequences), width), dtype=np.int32)
+    for index, (_, _, table) in enumerate(sequences):
+        tables[index, : len(table)] = table
+    starts = np.cumsum([0, *(length for _, length, _ in sequences)])
+    return RaggedStep(
+        batch.token_ids.numpy().astype(np.int32),
+        batch.positions.numpy().astype(np.int32),
+        batch.slot_mapping.numpy().astype(np.int64),
+        starts.astype(np.int32),
+        tables,
+        np.zeros(0, dtype=np.int32),  # the kernels know the contexts from the positions
+        np.zeros(0, dtype=np.int32),
+    )
