@@ -5,6 +5,8 @@ VENV   ?= .venv
 TORCH_INDEX ?=
 # More arguments for the program a target ends in, for instance `make test ARGS='-k scheduler'`.
 ARGS ?=
+# Tests at once; each takes up to 2 GB.
+JOBS    ?= 2
 # A long random walk through faults: which one, and how long.
 SEED    ?= 1
 MINUTES ?= 5
@@ -22,7 +24,7 @@ serve: $(VENV)/.installed ## serve SmolLM2 on this machine (installs everything 
 	@$(VENV)/bin/slipstream serve smollm2 $(ARGS)
 
 test: $(VENV)/.installed-test ## run every test that needs no GPU
-	@$(VENV)/bin/python -m pytest -m 'not gpu' $(ARGS)
+	@$(VENV)/bin/python -m pytest -m 'not gpu' -n $(JOBS) --dist worksteal $(ARGS)
 
 check: $(VENV)/.installed-test ## what CI runs: lint, format, types, layers, tests
 	@$(VENV)/bin/ruff check .

@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import os
-import platform
 import re
 import sys
 import tempfile
@@ -27,6 +25,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.bad_bodies import HEAVY, Flood, chunked
+from benchmarks.raw import write_raw
 from tests.badrequests.cases import MAX_PROMPTS, Case, as_bytes, check_error
 from tests.badrequests.conftest import MAX_BODY_BYTES
 from tests.badrequests.tables import ACCEPTED, KEYS, REFUSED
@@ -171,7 +170,6 @@ def accepted(case: Case) -> Case:
 def summary(rows: list[Row], ended: list[str]) -> dict[str, Any]:
     worst = sorted(rows, key=lambda row: -row.ratio)
     return {
-        "machine": {"cpus": os.cpu_count(), "python": platform.python_version(), "system": platform.platform()},
         "alone_ms": spread([ms for row in rows for ms in row.alone_ms]),
         "beside_ms": spread([ms for row in rows for ms in row.beside_ms]),
         "rows": len(rows),
@@ -202,8 +200,7 @@ def main() -> None:
         model = options.model or str(write_tiny_model(Path(folder) / "model"))
         with Cluster(Path(folder) / "logs", model, api_key=KEY, settings=dict(SETTINGS)) as cluster:
             result = run(cluster, options.turns, options.only)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"model": options.model or "tiny", **result}, indent=1) + "\n")
+    write_raw(options.out, [result], model=options.model or "tiny")
     shown = {name: result[name] for name in ("alone_ms", "beside_ms", "rows", "ratio", "above_3", "processes_ended")}
     print(json.dumps({**shown, "wrong": [(row["name"], row["wrong"]) for row in result["wrong"]]}, indent=1))
     sys.exit(1 if result["wrong"] or result["processes_ended"] else 0)

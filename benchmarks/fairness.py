@@ -20,6 +20,7 @@ from typing import Any
 
 import aiohttp
 
+from benchmarks.raw import write_raw
 from tests.cluster import Cluster
 from tests.tiny_model import NAME, write_tiny_model
 
@@ -104,8 +105,7 @@ def main() -> None:
         with Cluster(Path(folder) / "cluster", str(model), api_key=QUIET, settings=settings) as cluster:
             result = asyncio.run(measure(cluster.url, options.queued))
     print(json.dumps({name: value for name, value in result.items() if name != "raw_s"}, indent=1))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_raw(options.out, [result])
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from typing import Any
 import aiohttp
 import psutil
 
+from benchmarks.raw import write_raw
+
 BATCH = 200
 SETTLE_S = 1.0
 
@@ -101,10 +103,9 @@ def main() -> None:
     arguments = parser.parse_args()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    result = json.dumps(asyncio.run(measure(arguments)), indent=2)
-    if arguments.out:
-        arguments.out.write_text(result + "\n")
-    print(result)
+    result = asyncio.run(measure(arguments))
+    write_raw(arguments.out, [result])
+    print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":

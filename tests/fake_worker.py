@@ -65,7 +65,7 @@ class FakeWorker:
         self._commands, self._reader = connect(self._url), connect_blocking(self._url)
         self.store = RequestStore(self._commands, self._keys)
         self._registry = Registry(self._commands, self._keys)
-        self._queue = WorkQueue(self._reader, self._commands, [self._keys.work("prefill", self._model)], "fake-prefill")
+        self._queue = WorkQueue(self._reader, self._commands, self._work(), "fake-prefill")
         await self.beat()
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._keep_beating())]
         return self
@@ -78,6 +78,9 @@ class FakeWorker:
             await self._registry.leave(f"fake-{role}")
         await self._commands.aclose()
         await self._reader.aclose()
+
+    def _work(self) -> list[str]:
+        return [work("prefill", self._model) for work in (self._keys.express_work, self._keys.work)]
 
     async def beat(self) -> None:
         """One heartbeat of each role in `roles`; the others leave."""

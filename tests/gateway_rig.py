@@ -13,8 +13,9 @@ from typing import Any
 
 import aiohttp
 
-from services.gateway.app import LoadedModel, serve
+from services.gateway.app import serve
 from services.gateway.gateway import Gateway
+from services.gateway.model import LoadedModel
 from services.gateway.params import SamplingDefaults
 from shared.bus.stream import RequestStreams
 from shared.config import Settings, load_settings

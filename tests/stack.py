@@ -11,7 +11,8 @@ from typing import Any
 
 import aiohttp
 
-from services.gateway.app import load_model, serve
+from services.gateway.app import serve
+from services.gateway.model import load_model
 from services.gateway.routes import Gateway
 from tests.inprocess import Bench, workers
 

@@ -90,7 +90,7 @@ class DecodeService:
     def requests(self) -> Iterable[tuple[str, str]]:
         return self._journaler.requests()
 
-    def room(self) -> int:
+    def room(self, *, express: bool = False) -> int:
         """Claim while sequences fit, and never more than one offer that has to wait for blocks."""
         if self._waiting_for_blocks or self._probation.is_closed:
             return 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from aiohttp import web
@@ -35,6 +37,15 @@ class BodyReader:
             return await self._gateway.text.parse(bytes(raw), lambda body: self._parse(body, kind))
         finally:
             self._held -= len(raw)
+
+    @contextmanager
+    def held(self, num_bytes: int) -> Iterator[None]:
+        """Count a body that came by another way than `read`, for as long as it is read. Raises Overloaded."""
+        self._hold(num_bytes)
+        try:
+            yield
+        finally:
+            self._held -= num_bytes
 
     def _parse(self, raw: bytes, kind: type[BodyT]) -> BodyT:
         decoded = parse_json(raw)

@@ -153,7 +153,8 @@ class Dispatcher:
         place = gateway.admission.slot(
             *(client.key_id, len(plan.jobs)), cost=plan.cost, priority=asked.body.priority, wait_s=deadline.left_s()
         )
-        async with place, AsyncExitStack() as stack:
+        async with place as goes_first, AsyncExitStack() as stack:
+            plan = gateway.planner.put_first(plan) if goes_first else plan
             plan = replace(plan, jobs=deadline.bound(plan.jobs))
             record = await self._record(plan, asked, instead_of)
             meter = TokenMeter(gateway.metrics, deadline.arrived)

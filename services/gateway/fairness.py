@@ -7,6 +7,9 @@ flows both wait, what they were let in differs, weighted, by no more than one re
 
 Order goes by start and not by finish times, so that a request's cost counts only when it goes. This leaves a flow
 free to reorder its own requests, which is what `priority` does: it never moves a flow before another.
+
+A flow whose start is not past the virtual time has had no more than the others since it last waited. When a request
+comes to it while none of its own waits, its turn is a newcomer's: the next one, before all turns of other kind.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ class Ticket(Generic[T]):
 class _Flow(Generic[T]):
     """`start` is the virtual time its next request goes at.
 
-    `entry` is the number of its one valid place among the turns, 0 for none; `resting`: it has a place among the idle.
+    `entry` is the number of its one valid place among the turns, 0 for none; `resting`: it has a place among the idle;
+    `is_new`: its next turn is a newcomer's.
     """
 
     start: float
@@ -40,6 +44,7 @@ class _Flow(Generic[T]):
     size: int = 0
     entry: int = 0
     resting: bool = False
+    is_new: bool = False
     waiting: list[tuple[int, int, Ticket[T]]] = field(default_factory=list)
 
 
@@ -48,7 +53,7 @@ class FairQueue(Generic[T]):
 
     def __init__(self) -> None:
         self._flows: dict[str, _Flow[T]] = {}
-        self._turns: list[tuple[float, int, str]] = []
+        self._turns: list[tuple[float, bool, int, str]] = []
         self._idle: list[tuple[float, str]] = []
         self._now = 0.0
         self._count = 0
@@ -69,11 +74,17 @@ class FairQueue(Generic[T]):
         others = self._weights - (self._flows[flow].weight if own else 0.0)
         return min(float(self.size), own * (1 + others / weight))
 
+    def is_newcomer(self, flow: str) -> bool:
+        """Whether the flow's next turn is a newcomer's; of one that does not wait, whether it would be."""
+        known = self._flows.get(flow)
+        return known is None or (known.is_new if known.size else known.start <= self._now)
+
     def push(self, item: T, flow: str, cost: float, weight: float = 1.0, priority: int = 0) -> Ticket[T]:
         """Queue a request; a lower `priority` goes first within its flow, then the one that came first."""
         if cost <= 0 or weight <= 0:
             raise ValueError("cost and weight must be positive")
         ticket = Ticket(item, flow, cost)
+        is_new = not self.waiting(flow) and self.is_newcomer(flow)
         known = self._flows.get(flow)
         if known is None:
             known = self._flows[flow] = _Flow(self._now)
@@ -82,8 +93,8 @@ class FairQueue(Generic[T]):
         known.size += 1
         self.size += 1
         heapq.heappush(known.waiting, (priority, self._next(), ticket))
-        if known.start < self._now:
-            known.start, known.entry = self._now, 0
+        if is_new and (not known.is_new or known.start < self._now):
+            known.start, known.is_new, known.entry = self._now, True, 0
         if not known.entry:
             self._schedule(flow, known)
         return ticket
@@ -91,7 +102,7 @@ class FairQueue(Generic[T]):
     def peek(self) -> Ticket[T] | None:
         """The request that goes next."""
         while self._turns:
-            _, entry, flow = self._turns[0]
+            *_, entry, flow = self._turns[0]
             known = self._flows.get(flow)
             if known is not None and known.entry == entry:
                 if known.size:
@@ -112,12 +123,19 @@ class FairQueue(Generic[T]):
         heapq.heappop(known.waiting)
         self._now = known.start
         known.start += ticket.cost / known.weight
-        known.entry = 0
+        known.entry, known.is_new = 0, False
         self._forget(ticket, known)
         if known.size:
             self._schedule(ticket.flow, known)
         self._prune()
         return ticket
+
+    def forget(self) -> None:
+        """Nobody waits and nothing runs: what comes next begins anew, and nobody owes anything."""
+        self._flows.clear()
+        self._turns.clear()
+        self._idle.clear()
+        self._now = 0.0
 
     def remove(self, ticket: Ticket[T]) -> bool:
         """Take a request out without charging its flow; False when it went or left before."""
@@ -143,7 +161,7 @@ class FairQueue(Generic[T]):
 
     def _schedule(self, flow: str, known: _Flow[T]) -> None:
         known.entry = self._next()
-        heapq.heappush(self._turns, (known.start, known.entry, flow))
+        heapq.heappush(self._turns, (known.start, not known.is_new, known.entry, flow))
 
     def _rest(self, flow: str, known: _Flow[T]) -> None:
         if not known.resting:

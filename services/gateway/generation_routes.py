@@ -70,7 +70,7 @@ class GenerationRoutes:
             )
 
         async with self._gateway.sockets.hold(request, settings.max_body_bytes, client.key_id) as socket:
-            await ChatSocket(socket, self._gateway.text, run, settings.stall_timeout_s).serve()
+            await ChatSocket(socket, self._gateway.text, self._bodies.held, run, settings.stall_timeout_s).serve()
         return socket
 
     async def _run(self, body: ChatBody, client: Client, out: ChatSocket) -> None:

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
 import structlog
 from redis.exceptions import RedisError, ResponseError
 
+from services.gateway.looptime import LoopTime
 from services.gateway.params import Limits
 from shared.bus.registry import Registry
 from shared.errors import BusUnavailable, NoWorkers
 from shared.protocol.keys import ROLES
 from shared.protocol.messages import WorkerBeat
+from shared.tasks import end_tasks
 
 _READY = "ready"
 _HEADROOM = 1.25
@@ -30,12 +31,21 @@ _log = structlog.get_logger()
 class ClusterView:
     """The latest heartbeats of the workers of one model, refreshed by `run`; also beats for the gateway itself."""
 
-    def __init__(self, registry: Registry, gateway_id: str, model: str, interval_s: float, ttl_s: float) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        gateway_id: str,
+        model: str,
+        interval_s: float,
+        ttl_s: float,
+        loop_time: LoopTime | None = None,
+    ) -> None:
         self._registry = registry
         self._gateway_id = gateway_id
         self._model = model
         self._interval_s = interval_s
         self._ttl_s = ttl_s
+        self._loop_time = loop_time or LoopTime()
         self._seen_at: float | None = None
         self._listeners: list[Callable[[], None]] = []
         self.beats: tuple[WorkerBeat, ...] = ()
@@ -49,6 +59,13 @@ class ClusterView:
 
     async def run(self) -> None:
         """Refresh for ever; ends by cancellation only."""
+        ticking = asyncio.create_task(self._loop_time.run(), name="loop-time")
+        try:
+            await self._refresh_forever()
+        finally:
+            await end_tasks([ticking])
+
+    async def _refresh_forever(self) -> None:
         while True:
             await asyncio.sleep(self._interval_s)
             try:
@@ -71,7 +88,7 @@ class ClusterView:
         live = await self._registry.live()
         self.num_gateways = max(1, len(await self._registry.live_gateways()))
         self.beats = tuple(beat for beat in live if beat.model == self._model)
-        self._seen_at = time.monotonic()
+        self._seen_at = self._loop_time.now()
         for listener in self._listeners:
             listener()
 
@@ -89,8 +106,11 @@ class ClusterView:
 
     @property
     def redis_answers(self) -> bool:
-        """Redis was read within one heartbeat TTL; older beats say nothing about the workers either."""
-        return self._seen_at is not None and time.monotonic() - self._seen_at <= self._ttl_s
+        """Redis was read within one heartbeat TTL; older beats say nothing about the workers either.
+
+        A time in which our own loop stood still is not Redis' silence: it had no chance to be heard.
+        """
+        return self._seen_at is not None and self._loop_time.now() - self._seen_at <= self._ttl_s
 
     def ready(self, role: str) -> list[WorkerBeat]:
         return [beat for beat in self.beats if beat.role == role and beat.state == _READY]

@@ -15,7 +15,7 @@ import structlog
 from services.gateway.errors import IdempotencyKeyReused
 from services.gateway.schemas import GenerationBody
 from shared.bus.stored import Claim, Held, ResponseStore, StoredResponse, digest_of
-from shared.errors import BusUnavailable, InvalidRequest, SlipstreamError
+from shared.errors import BusUnavailable, InvalidRequest, ProtocolError, SlipstreamError
 
 HEADER = "Idempotency-Key"
 REPLAYED_HEADER = "Idempotent-Replayed"
@@ -67,10 +67,17 @@ class Record:
             raise KeyHeld(held)
 
     async def write_again(self) -> None:
-        """After Redis forgot everything; a key that stands for another answer by now is left to it."""
+        """After Redis forgot everything; a key that stands for something else by now is left to it, readable or not.
+
+        Raises BusUnavailable.
+        """
         await self.responses.save(self.stored, self.ttl_ms)
-        if self.ticket is not None and self.claim is not None:
+        if self.ticket is None or self.claim is None:
+            return
+        try:
             await self.responses.claim(self.ticket.digest, self.claim)
+        except ProtocolError as exc:
+            _log.warning("claim_unreadable", response_id=self.stored.response_id, error=str(exc)[:200])
 
     async def forget(self) -> None:
         """The submission failed: nobody shall wait for it. Without Redis the record just expires."""

@@ -1,22 +1,32 @@
-"""What the gateway counts, and the workers' heartbeats as gauges."""
+"""What the gateway counts, and what the workers' heartbeats tell."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from shared.bus.stream import StreamCounters
 from shared.observability.metrics import PREFIX, MetricSet, label_word
 from shared.protocol.messages import Usage, WorkerBeat
 
 OUTCOME_REJECTED = "rejected"
 
+_WORKER_LABELS = ("worker", "role")
+
 _TTFT_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 51.2)
 _ITL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12)
 _WAIT_BUCKETS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 _E2E_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+
+_STREAM_TEXTS = {
+    "journal_replays_total": "Journals read to fill a gap or after silence.",
+    "resubmits_total": "Requests submitted again because Redis forgot them.",
+    "repairs_total": "Requests whose journal had to be set back to what the client has.",
+    "resubscribes_total": "Times the token channel was subscribed again.",
+}
 
 
 class GatewayMetrics(MetricSet):
@@ -67,20 +77,38 @@ class GatewayMetrics(MetricSet):
         self.prefix_tokens.labels("decode").inc(max(usage.decode_cached_tokens, 0))
         self.preemptions.inc(max(usage.preemptions, 0))
 
+    def watch_streams(self, counters: StreamCounters) -> None:
+        """Export what the gateway's end of the bus counts."""
+        self.watch_counters(
+            _STREAM_TEXTS,
+            lambda: {
+                "journal_replays_total": counters.replays,
+                "resubmits_total": counters.resubmits,
+                "repairs_total": counters.repairs,
+                "resubscribes_total": counters.resubscribes,
+            },
+        )
+
     def watch_workers(self, beats: Callable[[], Sequence[WorkerBeat]]) -> None:
-        """Export the latest heartbeats as gauges at each scrape."""
+        """Export the latest heartbeats at each scrape."""
         self.registry.register(_WorkerCollector(beats))
 
 
 class _WorkerCollector(Collector):
-    """One gauge family per heartbeat field, one sample per live worker."""
+    """One family per heartbeat field, one sample per live worker."""
 
-    _FIELDS = (
+    _GAUGES = (
         ("running", "Requests running on the worker."),
         ("waiting", "Requests waiting on the worker."),
         ("kv_tokens", "KV room in tokens."),
         ("kv_tokens_used", "KV tokens in use."),
         ("tokens_per_second", "Tokens computed per second, lately."),
+    )
+    _COUNTERS = (
+        ("dead_workers_swept", "Dead workers whose work this one brought back."),
+        ("requests_swept", "Requests this worker brought back to the queue, or ended."),
+        ("own_entries_swept", "Own work entries this worker had lost sight of and gave back."),
+        ("orphans_cancelled", "Cancels this worker sent for requests whose gateway was gone."),
     )
 
     def __init__(self, beats: Callable[[], Sequence[WorkerBeat]]) -> None:
@@ -88,12 +116,19 @@ class _WorkerCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         beats = self._beats()
-        for field, text in self._FIELDS:
-            family = GaugeMetricFamily(f"{PREFIX}worker_{field}", text, labels=("worker", "role"))
-            for beat in beats:
-                family.add_metric((beat.worker_id, beat.role), float(getattr(beat, field)))
-            yield family
+        for field, text in self._GAUGES:
+            yield _filled(GaugeMetricFamily(f"{PREFIX}worker_{field}", text, labels=_WORKER_LABELS), field, beats)
+        for field, text in self._COUNTERS:
+            yield _filled(CounterMetricFamily(f"{PREFIX}worker_{field}", text, labels=_WORKER_LABELS), field, beats)
         yield _states(beats)
+
+
+def _filled(
+    family: GaugeMetricFamily | CounterMetricFamily, field: str, beats: Sequence[WorkerBeat]
+) -> GaugeMetricFamily | CounterMetricFamily:
+    for beat in beats:
+        family.add_metric((beat.worker_id, beat.role), float(getattr(beat, field)))
+    return family
 
 
 def _states(beats: Sequence[WorkerBeat]) -> Metric:

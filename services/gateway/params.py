@@ -82,6 +82,10 @@ def scores_only(body: ChatBody | CompletionBody) -> bool:
     return body.tokens_wanted == 0
 
 
+FIRST = -1
+"""Priority on the workers of a newcomer's request, which no client with a key can ask for."""
+
+
 def worker_priority(priority: int, key_id: str) -> int:
     """Priority on the workers, where requests of all keys meet: among keys nobody may put itself before the others."""
     return max(0, priority) if key_id else priority

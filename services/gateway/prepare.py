@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from services.gateway.auth import tenant_of
 from services.gateway.health import ClusterView
-from services.gateway.params import SamplingDefaults, resolve_params, worker_priority
+from services.gateway.params import FIRST, SamplingDefaults, resolve_params, worker_priority
 from services.gateway.presentation import Presentation
 from services.gateway.schemas import Body, ChatBody, CompletionBody
 from services.gateway.text import TextService
@@ -94,6 +94,17 @@ class Planner:
         """Raises InvalidRequest beyond the bound on messages."""
         if count > self._limits.max_messages:
             raise InvalidRequest(f"messages may hold at most {self._limits.max_messages} items.", "messages")
+
+    def put_first(self, plan: Plan) -> Plan:
+        """The plan of a newcomer: workers take its jobs before others and rank them before others.
+
+        Where the client asked for a place behind others, it stays there.
+        """
+        return replace(plan, jobs=tuple(job if job.priority > 0 else self._first(job) for job in plan.jobs))
+
+    def _first(self, job: Job) -> Job:
+        prefill, decode = (self._keys.express_work(role, job.model) for role in ("prefill", "decode"))
+        return replace(job, prefill_stream=prefill, decode_stream=decode, priority=min(job.priority, FIRST))
 
     async def _encode_prompts(self, body: CompletionBody) -> list[tuple[int, ...]]:
         if len(body.prompt) > self._limits.max_prompts:

@@ -7,7 +7,6 @@ made for every stream and step.
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +16,9 @@ from services.gateway.choices import Delta
 from services.gateway.generation import UsageTotals
 from services.gateway.prepare import Plan
 from services.gateway.presentation import CHAT
+from services.gateway.scores import ScoreTable, chat_scores, prompt_logprobs
 from shared.protocol.messages import PATH_RECOMPUTE, TokenLogprob, Usage
 from shared.tokenizer.codec import TextCodec
-
-MIN_LOGPROB = -9999.0
-"""What minus infinity becomes, since JSON has none; the value OpenAI's API shows too."""
 
 dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
@@ -104,21 +101,38 @@ def _common(values: Iterable[str]) -> str:
     return "mixed" if len(counts) > 1 else next(iter(counts), "")
 
 
-class _ChunkWriter:
-    """Puts choices into the envelope of one stream."""
+class _Envelope:
+    """What both routes say alike: the fields around the choices, and those every choice ends with."""
 
-    def __init__(self, plan: Plan, kind: str, model: str) -> None:
-        self._head = (
-            f'{{"id":"{plan.response_id}","object":"{kind}","created":{plan.created},"model":{dumps(model)},"choices":['
-        )
+    def __init__(self, plan: Plan, model: str, kind: str, chunk_kind: str) -> None:
+        self._plan = plan
+        self._fields = {"id": plan.response_id, "object": kind, "created": plan.created, "model": model}
+        self._head = f'{dumps({**self._fields, "object": chunk_kind})[:-1]},"choices":['
         self._null_usage = ',"usage":null' if plan.shown.include_usage else ""
 
-    def choice(self, choice: str, usage: UsageTotals | None = None, extra: str = "") -> str:
+    def chunk(self, choice: str, usage: UsageTotals | None = None, extra: str = "") -> str:
         tail = self._null_usage if usage is None else f',"usage":{dumps(usage_object(usage))}'
         return f"{self._head}{choice}]{extra}{tail}}}"
 
-    def usage(self, usage: UsageTotals) -> str:
+    def delta_chunk(self, delta: Delta, content: str, scores: str, usage: UsageTotals | None) -> str:
+        """The chunk of one delta; `content` is the encoded field with its text."""
+        ids = f',"token_ids":{dumps(list(delta.token_ids))}' if self._plan.shown.return_token_ids else ""
+        end = '"finish_reason":null'
+        if delta.finish_reason is not None:
+            end = f'"finish_reason":{dumps(delta.finish_reason)},"stop_reason":{dumps(delta.stop_reason)}'
+        return self.chunk(f'{{"index":{delta.index},{content},"logprobs":{scores},{end}{ids}}}', usage)
+
+    def usage_chunk(self, usage: UsageTotals) -> str:
         return f'{self._head}],"usage":{dumps(usage_object(usage))}}}'
+
+    def whole(self, choices: list[dict[str, Any]], usage: UsageTotals) -> dict[str, Any]:
+        return {**self._fields, "system_fingerprint": None, "choices": choices, "usage": usage_object(usage)}
+
+
+def _choice(index: int, content: dict[str, Any], logprobs: dict[str, Any] | None, answer: Answer) -> dict[str, Any]:
+    """One choice of a whole answer; `content` is the field with its text."""
+    ending = {"finish_reason": answer.finish_reason, "stop_reason": answer.stop_reason}
+    return {"index": index, **content, "logprobs": logprobs, **ending}
 
 
 class ChatFormat:
@@ -126,25 +140,24 @@ class ChatFormat:
 
     def __init__(self, plan: Plan, model: str, codec: TextCodec) -> None:
         self._plan = plan
-        self._model = model
         self._codec = codec
-        self._writer = _ChunkWriter(plan, "chat.completion.chunk", model)
+        self._envelope = _Envelope(plan, model, "chat.completion", "chat.completion.chunk")
 
     def opening(self) -> list[str]:
         extra = ""
         if self._plan.shown.return_token_ids:
             extra = f',"prompt_token_ids":{dumps(list(self._plan.jobs[0].prompt_ids))}'
         delta = '"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
-        return [self._writer.choice(f'{{"index":{index},{delta}}}', extra=extra) for index in range(self._plan.shown.n)]
+        choices = [f'{{"index":{index},{delta}}}' for index in range(self._plan.shown.n)]
+        return [self._envelope.chunk(choice, extra=extra) for choice in choices]
 
     def chunk(self, delta: Delta, usage: UsageTotals | None) -> str:
         content = f'{{"content":{dumps(delta.text)}}}' if delta.text or delta.finish_reason is None else "{}"
-        scores = dumps({"content": self._scores(delta.token_ids, delta.scores)}) if delta.scores else "null"
-        choice = f'{{"index":{delta.index},"delta":{content},"logprobs":{scores}{_ending(self._plan, delta)}}}'
-        return self._writer.choice(choice, usage)
+        scores = dumps(self._scores(delta.token_ids, delta.scores)) if delta.scores else "null"
+        return self._envelope.delta_chunk(delta, f'"delta":{content}', scores, usage)
 
     def usage_chunk(self, usage: UsageTotals) -> str:
-        return self._writer.usage(usage)
+        return self._envelope.usage_chunk(usage)
 
     def whole(
         self,
@@ -152,12 +165,7 @@ class ChatFormat:
         prompt_scores: Sequence[Sequence[TokenLogprob | None]],
         usage: UsageTotals,
     ) -> dict[str, Any]:
-        body: dict[str, Any] = {
-            **{"id": self._plan.response_id, "object": "chat.completion", "created": self._plan.created},
-            **{"model": self._model, "system_fingerprint": None},
-            "choices": [self._choice(index, answer) for index, answer in enumerate(answers)],
-            "usage": usage_object(usage),
-        }
+        body = self._envelope.whole([self._choice(index, answer) for index, answer in enumerate(answers)], usage)
         if self._plan.shown.prompt_logprobs:
             body["prompt_logprobs"] = prompt_logprobs(self._codec, self._plan.jobs[0].prompt_ids, prompt_scores[0])
         if self._plan.shown.return_token_ids:
@@ -165,30 +173,15 @@ class ChatFormat:
         return body
 
     def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
-        wants = self._plan.shown.logprobs
-        choice: dict[str, Any] = {
-            "index": index,
-            "message": {"role": "assistant", "content": "".join(answer.texts), "refusal": None},
-            "logprobs": {"content": self._scores(answer.token_ids, answer.scores)} if wants else None,
-            "finish_reason": answer.finish_reason,
-            "stop_reason": answer.stop_reason,
-        }
+        message = {"role": "assistant", "content": "".join(answer.texts), "refusal": None}
+        scores = self._scores(answer.token_ids, answer.scores) if self._plan.shown.logprobs else None
+        choice = _choice(index, {"message": message}, scores, answer)
         if self._plan.shown.return_token_ids:
             choice["token_ids"] = answer.token_ids
         return choice
 
-    def _scores(self, ids: Sequence[int], scores: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
-        return [
-            {
-                **self._score(token, score.logprob),
-                "top_logprobs": [self._score(other, logprob) for other, logprob in score.top],
-            }
-            for token, score in zip(ids, scores, strict=False)
-        ]
-
-    def _score(self, token: int, logprob: float) -> dict[str, Any]:
-        raw = list(self._codec.token_bytes(token))
-        return {"token": self._codec.token_text(token), "logprob": finite(logprob), "bytes": raw}
+    def _scores(self, ids: Sequence[int], scores: Sequence[TokenLogprob]) -> dict[str, Any]:
+        return {"content": chat_scores(self._codec, ids, scores)}
 
 
 class CompletionFormat:
@@ -196,16 +189,15 @@ class CompletionFormat:
 
     def __init__(self, plan: Plan, model: str, codec: TextCodec) -> None:
         self._plan = plan
-        self._model = model
         self._codec = codec
-        self._writer = _ChunkWriter(plan, "text_completion", model)
+        self._envelope = _Envelope(plan, model, "text_completion", "text_completion")
         self._offsets = [len(self._echo(index)) for index in range(len(plan.jobs) * plan.shown.n)]
 
     def opening(self) -> list[str]:
         if not self._plan.shown.echo_texts:
             return []
         return [
-            self._writer.choice(
+            self._envelope.chunk(
                 f'{{"index":{index},"text":{dumps(self._echo(index))},"logprobs":null,"finish_reason":null}}'
             )
             for index in range(len(self._offsets))
@@ -214,15 +206,14 @@ class CompletionFormat:
     def chunk(self, delta: Delta, usage: UsageTotals | None) -> str:
         scores = "null"
         if delta.scores:
-            table = _ScoreTable(self._codec, self._offsets[delta.index])
+            table = ScoreTable(self._codec, self._offsets[delta.index])
             table.extend(delta.token_ids, delta.scores)
             self._offsets[delta.index] = table.offset
             scores = dumps(table.as_object())
-        choice = f'{{"index":{delta.index},"text":{dumps(delta.text)},"logprobs":{scores}{_ending(self._plan, delta)}}}'
-        return self._writer.choice(choice, usage)
+        return self._envelope.delta_chunk(delta, f'"text":{dumps(delta.text)}', scores, usage)
 
     def usage_chunk(self, usage: UsageTotals) -> str:
-        return self._writer.usage(usage)
+        return self._envelope.usage_chunk(usage)
 
     def whole(
         self,
@@ -230,26 +221,15 @@ class CompletionFormat:
         prompt_scores: Sequence[Sequence[TokenLogprob | None]],
         usage: UsageTotals,
     ) -> dict[str, Any]:
-        return {
-            **{"id": self._plan.response_id, "object": "text_completion", "created": self._plan.created},
-            **{"model": self._model, "system_fingerprint": None},
-            "choices": [
-                self._choice(index, answer, prompt_scores[index // self._plan.shown.n])
-                for index, answer in enumerate(answers)
-            ],
-            "usage": usage_object(usage),
-        }
+        n = self._plan.shown.n
+        choices = [self._choice(index, answer, prompt_scores[index // n]) for index, answer in enumerate(answers)]
+        return self._envelope.whole(choices, usage)
 
     def _choice(self, index: int, answer: Answer, prompt_scores: Sequence[TokenLogprob | None]) -> dict[str, Any]:
         presentation = self._plan.shown
         ids = self._plan.jobs[index // presentation.n].prompt_ids
-        choice: dict[str, Any] = {
-            "index": index,
-            "text": self._echo(index) + "".join(answer.texts),
-            "logprobs": self._table(index, ids, prompt_scores, answer),
-            "finish_reason": answer.finish_reason,
-            "stop_reason": answer.stop_reason,
-        }
+        text = self._echo(index) + "".join(answer.texts)
+        choice = _choice(index, {"text": text}, self._table(index, ids, prompt_scores, answer), answer)
         if presentation.prompt_logprobs:
             choice["prompt_logprobs"] = prompt_logprobs(self._codec, ids, prompt_scores)
         if presentation.return_token_ids:
@@ -263,7 +243,7 @@ class CompletionFormat:
         if not self._plan.shown.logprobs:
             return None
         echoes = bool(self._plan.shown.echo_texts)
-        table = _ScoreTable(self._codec, 0)
+        table = ScoreTable(self._codec, 0)
         if echoes:
             table.extend(ids, prompt_scores)
         table.offset = max(table.offset, len(self._echo(index)))
@@ -273,69 +253,3 @@ class CompletionFormat:
     def _echo(self, index: int) -> str:
         texts = self._plan.shown.echo_texts
         return texts[index // self._plan.shown.n] if texts else ""
-
-
-class _ScoreTable:
-    """The columns of a completion's logprobs; `offset` is where the next token starts in the text."""
-
-    def __init__(self, codec: TextCodec, offset: int) -> None:
-        self._codec = codec
-        self.offset = offset
-        self._tokens: list[str] = []
-        self._logprobs: list[float | None] = []
-        self._top: list[dict[str, float] | None] = []
-        self._offsets: list[int] = []
-
-    def extend(self, ids: Sequence[int], scores: Sequence[TokenLogprob | None]) -> None:
-        for token, score in zip(ids, scores, strict=False):
-            text = self._codec.token_text(token)
-            self._tokens.append(text)
-            self._offsets.append(self.offset)
-            self.offset += len(text)
-            self._logprobs.append(None if score is None else finite(score.logprob))
-            self._top.append(None if score is None else self._row(text, score))
-
-    def as_object(self) -> dict[str, Any]:
-        return {
-            "tokens": self._tokens,
-            "token_logprobs": self._logprobs,
-            "top_logprobs": self._top,
-            "text_offset": self._offsets,
-        }
-
-    def _row(self, text: str, score: TokenLogprob) -> dict[str, float]:
-        """Alternatives by text, best first; of two tokens with one text the better is kept."""
-        row: dict[str, float] = {}
-        for token, logprob in score.top:
-            row.setdefault(self._codec.token_text(token), finite(logprob))
-        row.setdefault(text, finite(score.logprob))
-        return row
-
-
-def prompt_logprobs(
-    codec: TextCodec, ids: Sequence[int], scores: Sequence[TokenLogprob | None]
-) -> list[dict[str, dict[str, Any]] | None]:
-    """vLLM's `prompt_logprobs`: per prompt token, id → its log-probability, rank (where known) and text."""
-    return [None if score is None else _ranked(codec, token, score) for token, score in zip(ids, scores, strict=False)]
-
-
-def _ranked(codec: TextCodec, token: int, score: TokenLogprob) -> dict[str, dict[str, Any]]:
-    rows: dict[str, dict[str, Any]] = {
-        str(other): {"logprob": finite(logprob), "rank": rank, "decoded_token": codec.token_text(other)}
-        for rank, (other, logprob) in enumerate(score.top, 1)
-    }
-    own: dict[str, Any] = {"logprob": finite(score.logprob), "rank": None, "decoded_token": codec.token_text(token)}
-    rows.setdefault(str(token), own)
-    return rows
-
-
-def finite(logprob: float) -> float:
-    return max(logprob, MIN_LOGPROB) if math.isfinite(logprob) else MIN_LOGPROB
-
-
-def _ending(plan: Plan, delta: Delta) -> str:
-    """The fields every streamed choice ends with."""
-    ids = f',"token_ids":{dumps(list(delta.token_ids))}' if plan.shown.return_token_ids else ""
-    if delta.finish_reason is None:
-        return f',"finish_reason":null{ids}'
-    return f',"finish_reason":{dumps(delta.finish_reason)},"stop_reason":{dumps(delta.stop_reason)}{ids}'

@@ -10,7 +10,8 @@
                       "id": null it refuses a frame, and a request that runs goes on
 
 One request runs at a time; the socket stays open for the next. A frame over the size limit closes
-it with 1009, the gateway's drain with 1001.
+it with 1009, the gateway's drain with 1001. aiohttp puts a frame together before it is seen here, so frames count as
+bodies under way (`gateway.max_bodies_bytes`) from then on, until they are read into a request.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,8 @@ class ResumeFrame:
 
 
 RunFrame = Callable[[ChatBody | ResumeFrame, "ChatSocket"], Awaitable[None]]
+HoldBytes = Callable[[int], AbstractContextManager[None]]
+"""Counts bytes of a frame while they are read. Raises Overloaded."""
 
 
 def check_origin(request: web.Request) -> None:
@@ -59,9 +62,12 @@ def check_origin(request: web.Request) -> None:
 class ChatSocket:
     """One open socket: reads frames, runs one request at a time, writes its chunks."""
 
-    def __init__(self, socket: web.WebSocketResponse, text: TextService, run: RunFrame, stall_timeout_s: float) -> None:
+    def __init__(
+        self, socket: web.WebSocketResponse, text: TextService, hold: HoldBytes, run: RunFrame, stall_timeout_s: float
+    ) -> None:
         self._socket = socket
         self._text = text
+        self._hold = hold
         self._run = run
         self._stall_timeout_s = stall_timeout_s
         self._running: asyncio.Task[None] | None = None
@@ -76,6 +82,7 @@ class ChatSocket:
                     await self._take(message.data)
                 elif message.type is WSMsgType.BINARY:
                     await self._refuse(InvalidRequest("Send text frames; a binary frame is not understood."))
+                del message  # else an idle socket keeps its last frame in memory
         finally:
             await self._stop()
 
@@ -96,22 +103,28 @@ class ChatSocket:
 
     async def _take(self, frame: str) -> None:
         try:
-            body = await self._text.parse(frame.encode("utf-8", "surrogatepass"), parse_json)
-            if body.get("type") == "cancel":
-                await self._cancel()
-                return
-            if self._running is not None and not self._running.done():
-                raise InvalidRequest("A request is running on this socket; cancel it first.", None, "request_running")
-            asked = (
-                _resume_frame(body)
-                if body.get("type") == "resume"
-                else await self._text.run(validate, ChatBody, {**body, "stream": True})
-            )
+            raw = frame.encode("utf-8", "surrogatepass")
+            with self._hold(len(raw)):
+                asked = await self._read(raw)
         except SlipstreamError as exc:
             await self._refuse(exc)
             return
+        if asked is None:
+            await self._cancel()
+            return
         self._request_id = self._generation = None
         self._running = asyncio.create_task(self._answer(asked))
+
+    async def _read(self, raw: bytes) -> ChatBody | ResumeFrame | None:
+        """What a frame asks for; None: a cancel. Raises RequestError."""
+        body = await self._text.parse(raw, parse_json)
+        if body.get("type") == "cancel":
+            return None
+        if self._running is not None and not self._running.done():
+            raise InvalidRequest("A request is running on this socket; cancel it first.", None, "request_running")
+        if body.get("type") == "resume":
+            return _resume_frame(body)
+        return await self._text.run(validate, ChatBody, {**body, "stream": True})
 
     async def _answer(self, asked: ChatBody | ResumeFrame) -> None:
         try:

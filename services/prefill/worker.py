@@ -43,6 +43,8 @@ log = structlog.get_logger()
 
 TOUCH_INTERVAL_S = 1.0
 _MAX_COMPUTING = 16
+_MAX_EXPRESS = 4
+"""So many more of those that go first: they do not wait until a decode worker takes one that is computed."""
 
 
 class Dropped(Exception):
@@ -93,13 +95,17 @@ class PrefillService:
     def requests(self) -> Iterable[tuple[str, str]]:
         return [(lease.request_id, gateway) for lease, gateway in self._begun.items()]
 
-    def room(self) -> int:
-        """Claim only what can be computed soon, so that another prefill worker can have the rest."""
+    def room(self, *, express: bool = False) -> int:
+        """Claim only what can be computed soon, so that another prefill worker can have the rest.
+
+        What goes first does not wait for what is pending here: it is computed before that.
+        """
         pending = sum(sequence.num_pending for sequence in self._outputs)
-        budget = self._context.engine_settings.max_num_batched_tokens
-        if self._waiting_for_blocks or self._probation.is_closed or pending >= budget:
+        is_busy = pending >= self._context.engine_settings.max_num_batched_tokens and not express
+        if self._waiting_for_blocks or self._probation.is_closed or is_busy:
             return 0
-        return max(0, min(4, _MAX_COMPUTING - len(self._outputs)))
+        most = _MAX_COMPUTING + (_MAX_EXPRESS if express else 0)
+        return max(0, min(4, most - len(self._outputs)))
 
     async def run(self) -> None:
         """Route the engine's outputs to the requests they belong to."""

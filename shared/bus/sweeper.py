@@ -35,7 +35,7 @@ _log = structlog.get_logger()
 
 @dataclass(slots=True)
 class SweepCounters:
-    """Plain counts since the start; nothing exports them yet."""
+    """Plain counts since the start; the heartbeat tells them."""
 
     dead_workers: int = 0
     requests: int = 0

@@ -41,8 +41,9 @@ MAX_TEXT = 2048
 MAX_ADDRESSES = 16
 MAX_INT = (1 << 53) - 1
 MAX_SEED = (1 << 64) - 1
-_OLD_BEAT_FIELDS = 19
-"""A beat without `max_num_seqs`, as a worker of the release before sends it."""
+_BEAT_FIELDS = 24
+_OLD_BEAT_SIZES = (19, 20)
+"""Beats of older workers: without `max_num_seqs` and the counts of the sweep, and without these counts."""
 
 Message = Job | Marker | Tokens | End | WorkerBeat
 M = TypeVar("M", Job, Marker, Tokens, End, WorkerBeat, Usage)
@@ -343,18 +344,19 @@ def _pack_beat(b: WorkerBeat) -> list[Any]:
         int(b.equal_tokens),
     )
     rates = (float(b.progress), float(b.tokens_per_second))
-    return ["W", PROTOCOL_VERSION, *names, *counts, *rates, b.addresses, b.max_num_seqs]
+    swept = (b.dead_workers_swept, b.requests_swept, b.own_entries_swept, b.orphans_cancelled)
+    return ["W", PROTOCOL_VERSION, *names, *counts, *rates, b.addresses, b.max_num_seqs, *swept]
 
 
 def _unpack_beat(items: list[Any]) -> WorkerBeat:
-    says_room = len(items) > _OLD_BEAT_FIELDS
-    f = _Fields(items, "WorkerBeat", _OLD_BEAT_FIELDS + says_room)
+    unsaid = [0] * (_BEAT_FIELDS - len(items)) if len(items) in _OLD_BEAT_SIZES else []
+    f = _Fields([*items, *unsaid], "WorkerBeat", _BEAT_FIELDS)
     worker_id, role, state, model = f.text(), f.word("prefill", "decode"), f.text(), f.text()
     numerics, layout, version, host = f.text(), f.text(), f.text(), f.text()
     running, waiting, kv_tokens, used, longest, done, pid, equal = (f.integer() for _ in range(8))
     progress, rate = f.number(), f.number()
     pairs = [_Fields(item, "an address", 2) for item in f.array(MAX_ADDRESSES)]
-    max_num_seqs = f.integer() if says_room else 0
+    max_num_seqs, dead_workers, requests, own_entries, orphans = (f.integer() for _ in range(5))
     return WorkerBeat(
         worker_id=worker_id,
         role=role,
@@ -376,6 +378,10 @@ def _unpack_beat(items: list[Any]) -> WorkerBeat:
         host=host,
         equal_tokens=bool(equal),
         max_num_seqs=max_num_seqs,
+        dead_workers_swept=dead_workers,
+        requests_swept=requests,
+        own_entries_swept=own_entries,
+        orphans_cancelled=orphans,
     )
 
 

@@ -122,10 +122,6 @@ class JournalState:
         """Every choice is finished, whether or not the terminal entry was seen."""
         return all(choice.finish is not None for choice in self.choices)
 
-    def continues(self, entry: JournalEntry) -> bool:
-        """Whether `entry` is the direct successor of the last accepted one."""
-        return (entry.epoch, entry.ev) == (self.epoch, self.ev + 1)
-
     def accept(self, entry: JournalEntry) -> list[Tokens]:
         """Apply the next entry; returns what it adds. Raises Gap, Divergence or ProtocolError."""
         event = entry.event

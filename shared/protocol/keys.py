@@ -44,6 +44,10 @@ class Keys:
             raise ValueError(f"model name {model!r} must be 1-256 characters without blanks and braces")
         return f"{self.prefix}work:{role}:{model}"
 
+    def express_work(self, role: str, model: str) -> str:
+        """Stream that every worker of the role reads before the model's."""
+        return self.work(role, f"{model}#express")
+
     def probe_work(self, role: str, model: str) -> str:
         """Stream that only workers in self-test read, so that users' requests never land on them."""
         return self.work(role, f"{model}#probe")

@@ -133,7 +133,9 @@ class WorkerBeat:
     tokens, `max_request_tokens` the longest request (prompt + output) it can ever hold, `max_num_seqs` how many
     sequences it runs at once (0: it does not say). `equal_tokens`: the start-up probe found that a row's result does
     not depend on its neighbours, so equal requests give equal tokens.
-    `addresses` maps a transport's name to where a peer reaches this worker by it.
+    `addresses` maps a transport's name to where a peer reaches this worker by it. The last four count, since this
+    worker's start, what it cleaned up: workers found dead with work left, requests brought back, own entries given
+    back that it had lost sight of, cancels sent because a request's gateway was gone.
     """
 
     worker_id: str
@@ -156,3 +158,7 @@ class WorkerBeat:
     host: str = ""
     equal_tokens: bool = False
     max_num_seqs: int = 0
+    dead_workers_swept: int = 0
+    requests_swept: int = 0
+    own_entries_swept: int = 0
+    orphans_cancelled: int = 0

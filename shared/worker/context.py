@@ -92,8 +92,8 @@ class Service(Protocol):
         """(request id, gateway id) of every request owned or waiting here."""
         ...
 
-    def room(self) -> int:
-        """How many more entries may be claimed now."""
+    def room(self, *, express: bool = False) -> int:
+        """How many more entries may be claimed now; `express`: of those that go first."""
         ...
 
     async def handle(self, item: WorkItem) -> None: ...

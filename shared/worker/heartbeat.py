@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 
+from shared.bus.sweeper import SweepCounters
 from shared.protocol.messages import WorkerBeat
 from shared.worker.context import Service, WorkerContext
 
@@ -36,7 +37,7 @@ class Heartbeat:
         )
         self._is_stalled = is_stalled
         self._rate = _Rate()
-        self._serving: tuple[WorkerContext, Service, Callable[[], int]] | None = None
+        self._serving: tuple[WorkerContext, Callable[[], int], SweepCounters] | None = None
 
     @property
     def model(self) -> str:
@@ -46,8 +47,10 @@ class Heartbeat:
         """How much of the model is loaded; called from the loading thread."""
         self.progress = fraction
 
-    def serve(self, context: WorkerContext, service: Service, num_claimed: Callable[[], int]) -> None:
-        """The model is loaded: heartbeats tell numerics, room and load from now on."""
+    def serve(
+        self, context: WorkerContext, service: Service, num_claimed: Callable[[], int], swept: SweepCounters
+    ) -> None:
+        """The model is loaded: heartbeats tell numerics, room, load and what was swept from now on."""
         built = context.built
         self._identity = replace(
             self._identity,
@@ -58,14 +61,14 @@ class Heartbeat:
             max_num_seqs=context.engine_settings.max_num_seqs,
             equal_tokens=built.invariance.ok,
         )
-        self._serving = context, service, num_claimed
+        self._serving = context, num_claimed, swept
 
     def now(self) -> WorkerBeat:
         is_stalled = self.state != "draining" and self._is_stalled()
         beat = replace(self._identity, state=STATE_STALLED if is_stalled else self.state, progress=self.progress)
         if self._serving is None:
             return beat
-        context, _, num_claimed = self._serving
+        context, num_claimed, swept = self._serving
         load = context.built.engine.load()
         produced = load.computed_tokens if beat.role == "prefill" else load.generated_tokens
         return replace(
@@ -77,6 +80,10 @@ class Heartbeat:
             kv_tokens_used=load.kv_tokens_used,
             tokens_per_second=self._rate.update(produced),
             requests_done=self.requests_done,
+            dead_workers_swept=swept.dead_workers,
+            requests_swept=swept.requests,
+            own_entries_swept=swept.own,
+            orphans_cancelled=swept.orphans,
         )
 
 

@@ -15,12 +15,8 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 
 import structlog
-from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from shared.bus.connection import check, connect, connect_blocking
-from shared.bus.draining import DrainOrders
-from shared.bus.registry import Registry
 from shared.bus.requests import RequestStore
 from shared.bus.sweeper import InFlight, Sweeper
 from shared.bus.workqueue import WorkItem, WorkQueue
@@ -31,6 +27,7 @@ from shared.protocol.keys import ROLES, Keys
 from shared.tasks import end_tasks
 from shared.worker.bridge import EngineBridge
 from shared.worker.build import BuiltEngine, build_engine
+from shared.worker.bus import WorkerBus, open_bus
 from shared.worker.context import Service, WorkerContext
 from shared.worker.heartbeat import STATE_READY, Heartbeat
 from shared.worker.selftest import SelfTest
@@ -68,22 +65,16 @@ class Worker:
         model = self._settings.served_model_name or source.name
         self._heart = Heartbeat(self.worker_id, self._role, model, self._is_stalled)
         async with AsyncExitStack() as stack:
-            commands = await stack.enter_async_context(connect(redis.url, redis.command_timeout_s))
-            reader = await stack.enter_async_context(connect_blocking(redis.url))
-            log.info("bus_connected", server=await check(commands), worker_id=self.worker_id)
-            registry = Registry(commands, self._keys, int(redis.heartbeat_ttl_s * 1000))
-            orders = DrainOrders(commands, self._keys)
-            store = RequestStore(commands, self._keys)
-            queue = WorkQueue(reader, commands, self._streams(), self.worker_id)
+            bus = await stack.enter_async_context(open_bus(redis, self._keys, self._streams(), self.worker_id))
             async with asyncio.TaskGroup() as group:
-                beating = group.create_task(self._beat(registry, queue))
-                heeding = group.create_task(orders.follow(self.worker_id, stop, redis.heartbeat_s))
+                beating = group.create_task(self._beat(bus))
+                heeding = group.create_task(bus.orders.follow(self.worker_id, stop, redis.heartbeat_s))
                 try:
                     built = await asyncio.to_thread(self._build, source)
-                    await self._serve(stack, stop, store, queue, commands, registry, built)
+                    await self._serve(stack, bus, built, stop)
                 finally:
                     await end_tasks([beating, heeding])
-            await self._leave(registry, store, queue)
+            await self._leave(bus)
 
     def _build(self, source: ModelSource) -> BuiltEngine:
         return build_engine(
@@ -102,86 +93,93 @@ class Worker:
         if self._sweeper is not None:
             self._sweeper.disturbed()
 
-    async def _serve(
-        self,
-        stack: AsyncExitStack,
-        stop: asyncio.Event,
-        store: RequestStore,
-        queue: WorkQueue,
-        commands: Redis,
-        registry: Registry,
-        built: BuiltEngine,
-    ) -> None:
+    async def _serve(self, stack: AsyncExitStack, bus: WorkerBus, built: BuiltEngine, stop: asyncio.Event) -> None:
         bridge = await stack.enter_async_context(EngineBridge(built.engine))
         stack.callback(built.cache.close)
-        settings = self._settings
-        secret = settings.cluster_secret.get_secret_value().encode()
-        context = WorkerContext(
-            self.worker_id,
-            self._heart.model,
-            store,
-            registry,
-            bridge,
-            built,
-            settings.engine,
-            settings.transfer,
-            secret,
-        )
+        context = self._context(bus, bridge, built)
         context.log_limits()
         service = await stack.enter_async_context(self._make_service(context))
-        self._heart.serve(context, service, lambda: len(self._claimed))
-        longest_gap_s = settings.redis.heartbeat_ttl_s - settings.redis.heartbeat_s  # longer, and our beat may be gone
-        watchdog = Watchdog(bridge, settings.engine.hang_timeout_s, longest_gap_s, give_up, self._disturbed)
-        watched = [self._keys.work(role, self._heart.model) for role in ROLES]
-        in_flight = InFlight(entries=lambda: self._claimed, requests=service.requests)
-        grace = settings.redis.orphan_grace_s
-        sweeper = Sweeper(commands, store, queue, registry, in_flight, watched=watched, orphan_grace_s=grace)
+        watchdog, sweeper = self._make_watchdog(bridge), self._make_sweeper(bus, service)
         self._watchdog, self._sweeper = watchdog, sweeper
+        self._heart.serve(context, service, lambda: len(self._claimed), sweeper.counters)
         async with asyncio.TaskGroup() as group:
             tasks = [
                 group.create_task(service.run()),
                 group.create_task(sweeper.run()),
                 group.create_task(bridge.watch()),
                 group.create_task(watchdog.run()),
-                group.create_task(self._prove(store, registry, built)),
+                group.create_task(self._prove(bus, built)),
             ]
-            claiming = group.create_task(self._claim(queue, store, service, bridge, group))
+            claiming = group.create_task(self._claim(bus, service, bridge, group))
             try:
                 await stop.wait()
                 await self._drain(service, claiming)
             finally:  # after a failure too: a group cancels once, and a read that swallows it would go on for ever
                 await end_tasks((*tasks, claiming, *self._handlers))
 
-    async def _prove(self, store: RequestStore, registry: Registry, built: BuiltEngine) -> None:
+    def _context(self, bus: WorkerBus, bridge: EngineBridge, built: BuiltEngine) -> WorkerContext:
+        settings = self._settings
+        return WorkerContext(
+            self.worker_id,
+            self._heart.model,
+            bus.store,
+            bus.registry,
+            bridge,
+            built,
+            settings.engine,
+            settings.transfer,
+            settings.cluster_secret.get_secret_value().encode(),
+        )
+
+    def _make_watchdog(self, bridge: EngineBridge) -> Watchdog:
+        redis = self._settings.redis
+        longest_gap_s = redis.heartbeat_ttl_s - redis.heartbeat_s  # longer, and our beat may be gone
+        return Watchdog(bridge, self._settings.engine.hang_timeout_s, longest_gap_s, give_up, self._disturbed)
+
+    def _make_sweeper(self, bus: WorkerBus, service: Service) -> Sweeper:
+        watched = [stream for role in ROLES for stream in self._users_streams(role)]
+        in_flight = InFlight(entries=lambda: self._claimed, requests=service.requests)
+        grace = self._settings.redis.orphan_grace_s
+        return Sweeper(
+            bus.commands, bus.store, bus.queue, bus.registry, in_flight, watched=watched, orphan_grace_s=grace
+        )
+
+    async def _prove(self, bus: WorkerBus, built: BuiltEngine) -> None:
         self._heart.state = "probing"
         vocab = built.source.config.vocab_size
         size = built.layout.block_size
-        model = self._heart.model
+        model, store, registry = self._heart.model, bus.store, bus.registry
         await SelfTest(store, registry, self._keys, self._role, model, self.worker_id, size, vocab).run_until_passed()
         if self._heart.state == "probing":
             self._heart.state = STATE_READY
             log.info("worker_ready", worker_id=self.worker_id, equal_tokens=built.invariance.ok)
 
-    async def _claim(
-        self, queue: WorkQueue, store: RequestStore, service: Service, bridge: EngineBridge, group: asyncio.TaskGroup
-    ) -> None:
+    async def _claim(self, bus: WorkerBus, service: Service, bridge: EngineBridge, group: asyncio.TaskGroup) -> None:
         """Claim what fits, and only while this worker is to take work."""
         while self._heart.state != "draining":
-            room = 0 if self._is_stalled() else service.room()
-            if not room:
-                await bridge.progress(_NO_ROOM_WAIT_S)
-                continue
             try:
-                items = await queue.read(room, READ_BLOCK_MS, self._open_streams())
+                items = await self._read(bus.queue, service, bridge)
             except (RedisError, OSError) as error:
                 log.warning("claim_failed", error=type(error).__name__)
                 await asyncio.sleep(_REDIS_PAUSE_S)
                 continue
             for item in items:
                 self._claimed.add(item[:2])
-                handler = group.create_task(self._handle(service, store, item))
+                handler = group.create_task(self._handle(service, bus.store, item))
                 self._handlers.add(handler)
                 handler.add_done_callback(self._handlers.discard)
+
+    async def _read(self, queue: WorkQueue, service: Service, bridge: EngineBridge) -> list[WorkItem]:
+        """Entries there is room for, what goes first before all others; none when a while passed without."""
+        is_stalled = self._is_stalled()
+        express = 0 if is_stalled or self._heart.state != STATE_READY else service.room(express=True)
+        if express and (items := await queue.read(express, 0, self._streams()[:1])):
+            return items
+        room = 0 if is_stalled else service.room()
+        if room:
+            return await queue.read(room, READ_BLOCK_MS, self._open_streams())
+        await bridge.progress(_NO_ROOM_WAIT_S)
+        return []
 
     async def _handle(self, service: Service, store: RequestStore, item: WorkItem) -> None:
         """Serve one entry. Cut off by Redis, it stays pending and is swept back; any other failure counts as a death.
@@ -219,37 +217,41 @@ class Worker:
             except (RedisError, OSError) as error:
                 log.warning("hand_back_failed", error=type(error).__name__)
 
-    async def _leave(self, registry: Registry, store: RequestStore, queue: WorkQueue) -> None:
+    async def _leave(self, bus: WorkerBus) -> None:
         """Give back entries that nobody here serves any more, and take our name off every list."""
         try:
-            for stream, entry, request_id in await queue.pending_own():
+            for stream, entry, request_id in await bus.queue.pending_own():
                 if request_id is not None:
-                    await store.sweep(stream, entry, request_id, counted=False)
-            await queue.leave()
-            await registry.leave(self.worker_id)
-            await queue.remove_private([self._streams()[-1]])
+                    await bus.store.sweep(stream, entry, request_id, counted=False)
+            await bus.queue.leave()
+            await bus.registry.leave(self.worker_id)
+            await bus.queue.remove_private([self._streams()[-1]])
         except (RedisError, OSError) as error:
             log.warning("leaving_failed", error=type(error).__name__, hint="peers sweep what is left")
 
-    async def _beat(self, registry: Registry, queue: WorkQueue) -> None:
+    async def _beat(self, bus: WorkerBus) -> None:
         while True:
             try:
-                await registry.beat(self._heart.now())
-                await queue.refresh_private([self._streams()[-1]], PRIVATE_TTL_MS)
+                await bus.registry.beat(self._heart.now())
+                await bus.queue.refresh_private([self._streams()[-1]], PRIVATE_TTL_MS)
             except (RedisError, OSError) as error:
                 self._disturbed()
                 log.warning("heartbeat_failed", error=type(error).__name__)
             await asyncio.sleep(self._settings.redis.heartbeat_s)
 
+    def _users_streams(self, role: str) -> tuple[str, str]:
+        """Users' work of a role, first what goes first."""
+        return self._keys.express_work(role, self._heart.model), self._keys.work(role, self._heart.model)
+
     def _streams(self) -> tuple[str, ...]:
         """Users' work, self-tests of all, and our own ones."""
         model = self._heart.model
         return (
-            self._keys.work(self._role, model),
+            *self._users_streams(self._role),
             self._keys.probe_work(self._role, model),
             self._keys.private_work(self._role, model, self.worker_id),
         )
 
     def _open_streams(self) -> tuple[str, ...]:
         """Users' requests are read only once the self-test has passed."""
-        return self._streams() if self._heart.state == STATE_READY else self._streams()[1:]
+        return self._streams() if self._heart.state == STATE_READY else self._streams()[2:]

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.raw import write_raw
 from shared import faultpoints
 from shared.bus.connection import connect
 from shared.bus.embedded import EmbeddedServer
 from shared.engine.engine import Engine
 from shared.observability.logging import configure_logging
 from tests.faults import invariants
-from tests.faults.report import write_raw
 from tests.inprocess import Bench, workers
 from tests.tiny_model import NAME, VOCAB, write_tiny_model
 

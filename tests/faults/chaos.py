@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.raw import write_raw
 from tests.faults.campaign import Plan, campaign, phase
 from tests.faults.cluster import Topology
-from tests.faults.report import print_table, result, write_raw
+from tests.faults.report import print_table, result
 from tests.faults.schedule import KINDS, make_schedule, run_step
 
 TOPOLOGY = Topology(gateways=3, prefill=3, decode=3, proxied=True, veterans=True)

@@ -6,7 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from redis.asyncio import Redis
@@ -21,8 +21,6 @@ from tests.faults.requests import Answer, differences
 FIXED_KEYS = re.compile(r"\}:(work:[^@]*|workers|gateways)$")
 """Keys that live for ever: work streams but a worker's private one, the list of the dead, who ever sent a heartbeat."""
 
-MAX_SLOPE_KIB_PER_MINUTE = 256.0
-MIN_SAMPLES = 240
 DESCRIPTOR_SLACK = 2
 TASK_SLACK = 2
 
@@ -133,9 +131,14 @@ def footprint(pid: int, redis_ports: Sequence[int], tasks: int = 0) -> Footprint
     held = [_target(Path(f"/proc/{pid}/fd/{name}")) for name in os.listdir(f"/proc/{pid}/fd")]
     own = [target for target in held if target and peers.get(target) not in redis_ports]
     status = Path(f"/proc/{pid}/status").read_text()
-    memory = re.search(r"RssAnon:\s+(\d+)", status)
     threads = re.search(r"Threads:\s+(\d+)", status)
-    return Footprint(pid, len(own), int(threads[1]) if threads else 0, int(memory[1]) if memory else 0, tasks)
+    return Footprint(pid, len(own), int(threads[1]) if threads else 0, memory_kib(pid), tasks)
+
+
+def memory_kib(pid: int) -> int:
+    """Anonymous memory of a process. Raises OSError when there is none of that number."""
+    found = re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    return int(found[1]) if found else 0
 
 
 def _target(link: Path) -> str:
@@ -173,34 +176,6 @@ def tasks_in(log: str) -> int:
     """Number of tasks in the last dump that SIGUSR1 made a process print."""
     dumps = log.split("<Task ")[1:]
     return len(dumps)
-
-
-@dataclass(slots=True)
-class MemoryTrace:
-    """Private resident memory of one process over time."""
-
-    pid: int
-    name: str
-    samples: list[tuple[float, int]] = field(default_factory=list)
-
-    def slope_kib_per_minute(self) -> float:
-        """Least squares over the second half of the samples: the first is warming up."""
-        samples = self.samples[len(self.samples) // 2 :]
-        if len(samples) < 3:
-            return 0.0
-        mean_x = sum(x for x, _ in samples) / len(samples)
-        mean_y = sum(y for _, y in samples) / len(samples)
-        spread = sum((x - mean_x) ** 2 for x, _ in samples)
-        return 60 * sum((x - mean_x) * (y - mean_y) for x, y in samples) / spread if spread else 0.0
-
-
-def memory_flat(traces: Iterable[MemoryTrace], limit: float = MAX_SLOPE_KIB_PER_MINUTE) -> list[str]:
-    """No process that was looked at often enough grows steadily."""
-    return [
-        f"{trace.name} (process {trace.pid}) grows by {slope:.0f} KiB a minute"
-        for trace in traces
-        if len(trace.samples) >= MIN_SAMPLES and (slope := trace.slope_kib_per_minute()) > limit
-    ]
 
 
 def metrics_add_up(page: str) -> list[str]:

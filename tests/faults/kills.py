@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.raw import write_raw
 from tests.faults.campaign import Campaign, Disturbance, Plan, campaign, phase
 from tests.faults.cluster import READY_TIMEOUT_S, Slot, Topology
-from tests.faults.report import percentile, print_table, result, write_raw
+from tests.faults.report import percentile, print_table, result
 from tests.faults.spawner import ended
 
 

@@ -21,8 +21,9 @@ from typing import Any
 
 import aiohttp
 
+from benchmarks.raw import write_raw
 from tests.faults.cluster import KEYS, FaultCluster, Topology
-from tests.faults.report import percentile, write_raw
+from tests.faults.report import percentile
 from tests.tiny_model import NAME, write_tiny_model
 
 API_KEYS = ("key-one", "key-two", "key-three", "key-four")
@@ -108,9 +109,11 @@ async def run(seconds: float, seed: int, folder: Path) -> dict[str, Any]:
         url = cluster.of_role("gateway")[0].url
         warm, calibration, overload = (Offering(http, url, seed + index) for index in range(3))
         await warm.closed_loop(_PLACES, 1.0)
-        began = time.monotonic()
-        await calibration.closed_loop(2 * _PLACES, seconds)
-        peak = finished_a_second(calibration.replies, began, began + seconds)
+        peak = 0.0
+        while not peak:  # a machine busy with other things may finish nothing in so short a time
+            began = time.monotonic()
+            await calibration.closed_loop(2 * _PLACES, seconds)
+            peak = finished_a_second(calibration.replies, began, began + seconds)
         began = time.monotonic()
         await overload.open_loop(FACTOR * peak, seconds)
         goodput = finished_a_second(overload.replies, began + min(1.0, seconds / 4), began + seconds)

@@ -1,16 +1,9 @@
-"""Figures of a run: a table for people, a raw file with everything for whoever doubts the table."""
+"""Figures of a run: a table for people, and everything for the raw file."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import subprocess
-import sys
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from tests.faults import invariants
@@ -87,10 +80,10 @@ def result(run: Campaign) -> dict[str, Any]:
         "recovery_p50_s": percentile(recovered, 0.5),
         "recovery_p99_s": percentile(recovered, 0.99),
         "recovery_s": [round(seconds, 3) for seconds in sorted(recovered)],
-        "memory_slope_kib_per_minute": {
-            f"{trace.name} {trace.pid}": round(trace.slope_kib_per_minute(), 1)
+        "memory_kib_per_1000_requests": {
+            f"{trace.name} {trace.pid}": round(growth, 1)
             for trace in run.memory.values()
-            if len(trace.samples) >= invariants.MIN_SAMPLES
+            if (growth := trace.kib_per_1000_requests()) is not None
         },
         "violations": run.violations,
     }
@@ -104,34 +97,6 @@ def failure(run: Campaign, record: Record) -> dict[str, Any]:
     shown = {name: value for name, value in record.spec.body.items() if name not in ("prompt", "messages")}
     times = {"started": round(record.started - run.started, 3), "ended": round(record.ended - run.started, 3)}
     return {"request": shown, "error": record.error, "epochs": epochs, **times}
-
-
-def write_raw(out: Path | None, results: Sequence[dict[str, Any]], **summary: Any) -> None:
-    """The raw file: how it was run, where, on which commit, and everything that came out."""
-    if out is None:
-        return
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    status = ["git", "status", "--porcelain", "--", ".", ":!docs/data"]
-    changed = subprocess.run(status, capture_output=True, text=True, check=False)
-    payload = {
-        "command": " ".join(["python", "-m", *_module(), *sys.argv[1:]]),
-        "commit": head.stdout.strip() + ("+changes" if changed.stdout.strip() else ""),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "machine": {"system": platform.platform(), "python": platform.python_version(), "cpus": _cpus()},
-        **summary,
-        "runs": list(results),
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(payload, indent=1) + "\n")
-
-
-def _module() -> list[str]:
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return [spec.name] if spec else []
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def print_table(results: Sequence[dict[str, Any]]) -> None:

@@ -13,9 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.raw import write_raw
 from tests.faults.campaign import Disturbance, Plan, campaign, phase
 from tests.faults.cluster import Topology
-from tests.faults.report import print_table, result, write_raw
+from tests.faults.report import print_table, result
 from tests.faults.schedule import drain_slot
 
 TOPOLOGY = Topology(gateways=2, prefill=2, decode=2)

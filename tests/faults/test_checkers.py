@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -23,7 +24,8 @@ from tests.engine_fakes import make_engine
 from tests.faults import invariants
 from tests.faults.campaign import Disturbance
 from tests.faults.client import FAILED, FINISHED, Record
-from tests.faults.invariants import Footprint, MemoryTrace
+from tests.faults.invariants import Footprint
+from tests.faults.memory import MIN_REQUESTS, PARTS, WARM_UP_REQUESTS, MemoryTrace, memory_flat
 from tests.faults.report import recovery_times
 from tests.faults.requests import COMPLETION, Answer, ChoiceAnswer, Spec, make_specs
 from tests.integration.bus_helpers import Bench
@@ -226,15 +228,57 @@ def test_tasks_that_stay_are_noticed() -> None:
     assert invariants.footprints_steady([before], [after])
 
 
-def grown(kib_per_minute: float) -> MemoryTrace:
-    samples = [(float(second), 50_000 + int(kib_per_minute * second / 60)) for second in range(invariants.MIN_SAMPLES)]
-    return MemoryTrace(7, "decode-0", samples)
+ENOUGH = WARM_UP_REQUESTS + 2 * MIN_REQUESTS
 
 
-def test_steady_growth_of_memory_is_noticed() -> None:
-    assert grown(600).slope_kib_per_minute() == pytest.approx(600, rel=0.05)
-    assert invariants.memory_flat([grown(0), grown(100)]) == []
-    assert len(invariants.memory_flat([grown(600)])) == 1
+def trace(kib_at: Callable[[int], float], last: int = ENOUGH) -> MemoryTrace:
+    return MemoryTrace(7, "decode-0", [(served, 50_000 + int(kib_at(served))) for served in range(0, last + 1, 50)])
+
+
+def test_memory_kept_of_every_request_is_noticed() -> None:
+    assert trace(lambda served: 0.3 * served).kib_per_1000_requests() == pytest.approx(300, rel=0.05)
+    assert len(memory_flat([trace(lambda served: 0.3 * served)])) == 1
+    assert memory_flat([trace(lambda _: 0), trace(lambda served: 0.05 * served)]) == []
+
+
+def test_memory_of_each_request_is_noticed_among_steps_and_noise() -> None:
+    noise = random.Random(1)
+    assert memory_flat([trace(lambda served: 0.3 * served + 2000 * (served > 5000) + noise.randrange(100))])
+
+
+@pytest.mark.parametrize(
+    "kib_at",
+    [
+        pytest.param(lambda served: 3.0 * min(served, WARM_UP_REQUESTS), id="only while warming up"),
+        pytest.param(lambda served: 2300.0 * (served > 4000) + 2300.0 * (served > 6000), id="steps"),
+        pytest.param(lambda served: -0.3 * served, id="less and less"),
+    ],
+)
+def test_memory_that_is_taken_once_is_no_leak(kib_at: Callable[[int], float]) -> None:
+    found = trace(kib_at)
+    assert found.kib_per_1000_requests() is not None
+    assert memory_flat([found]) == []
+
+
+def test_nothing_is_said_of_a_process_that_served_too_little() -> None:
+    assert trace(lambda served: served, last=WARM_UP_REQUESTS + MIN_REQUESTS // 2).kib_per_1000_requests() is None
+    assert MemoryTrace(7, "decode-0").kib_per_1000_requests() is None
+    few_looks = MemoryTrace(7, "decode-0", [(served, served) for served in range(0, ENOUGH, 1000)])
+    assert few_looks.kib_per_1000_requests() is None
+
+
+@pytest.mark.parametrize("leaks", [True, False])
+def test_a_process_that_really_leaks_is_told_from_one_that_does_not(leaks: bool) -> None:
+    kept = "held.append(bytearray(os.urandom(200 << 10)))" if leaks else "bytearray(os.urandom(200 << 10))"
+    program = f"import os, sys\nheld = []\nfor line in sys.stdin:\n    {kept}\n    print(1, flush=True)"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        found = MemoryTrace(process.pid, "child")
+        for served in range(0, WARM_UP_REQUESTS + 10 * PARTS * 1000, 1000):
+            open_one(process)
+            found.samples.append((served, invariants.memory_kib(process.pid)))
+    assert bool(memory_flat([found])) is leaks
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults import aborts, chaos, kills, overload, rolling
+from tests.faults import aborts, chaos, kills, overload, rolling, soak
 from tests.faults.cluster import Topology
 from tests.faults.gateway_kills import GATEWAY_KILLS
 from tests.faults.schedule import KINDS, make_schedule
@@ -47,6 +47,19 @@ def test_a_short_random_walk(tmp_path: Path) -> None:
     one = asyncio.run(chaos.walk(5, 60.0, kinds, tmp_path, max_steps=3, topology=SMALL, **SHORT))
     assert len(one["faults"]) == 3
     assert one["violations"] == []
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_a_soak_looks_at_the_memory_of_every_process(tmp_path: Path) -> None:
+    one = asyncio.run(soak.soak(60, tmp_path, **SHORT))
+    assert one["violations"] == []
+    assert sorted(one["memory"]) == ["decode-0", "gateway-0", "prefill-0", "redis"]
+    for rows in one["memory"].values():
+        assert len(rows) == soak.SHARES
+        assert rows[-1]["requests"] >= 60
+        assert rows[-1]["kib"] > 1000
 
 
 @pytest.mark.e2e

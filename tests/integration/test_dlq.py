@@ -26,12 +26,21 @@ def settings(redis_url: str, deployment: str) -> Settings:
     return load_settings(deployment=deployment, redis={"url": redis_url})
 
 
-async def quarantine(bench: Bench, request_id: str) -> None:
-    await bench.store.submit(bench.job(request_id, prompt_ids=(81, 82, 83)))
+async def quarantine(bench: Bench, request_id: str, prefill_stream: str = "") -> None:
+    stream = prefill_stream or bench.prefill
+    await bench.store.submit(bench.job(request_id, prompt_ids=(81, 82, 83), prefill_stream=stream))
     for _ in range(2):
-        stream, entry = await bench.read(bench.prefill)
+        stream, entry = await bench.read(stream)
         await bench.store.begin(stream, entry, request_id, "p")
         await bench.store.sweep(stream, entry, request_id, counted=True)
+
+
+async def test_the_model_is_named_whichever_stream_it_was_on(
+    bench: Bench, keys: Keys, settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await quarantine(bench, "first", keys.express_work("prefill", "m"))
+    await run_dlq(settings, "list", as_json=True)
+    assert [letter["model"] for letter in json.loads(capsys.readouterr().out)] == ["m"]
 
 
 async def test_it_lists_oldest_first_and_clears(

@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from services.gateway.app import drain
+from services.gateway.drain import drain
 from tests.gateway_rig import CHAT, COMPLETIONS, MESSAGES, Rig, eventually, rig
 
 

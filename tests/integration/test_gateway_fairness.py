@@ -11,7 +11,7 @@ import pytest
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
-from services.gateway.app import drain
+from services.gateway.drain import drain
 from shared.bus.registry import Registry
 from shared.protocol.keys import Keys
 from tests.gateway_rig import CHAT, COMPLETIONS, MESSAGES, Rig, eventually, rig
@@ -78,6 +78,41 @@ async def test_one_keys_crowd_holds_up_nobody_else(
         await stop(crowd)
     overtaken = [at - before for at, before in zip(started, asked, strict=True)]
     assert max(overtaken) <= 4, "two that were let in before, and those that take their places"
+
+
+async def test_a_newcomer_passes_a_crowd_that_fills_every_slot(redis_url: str, deployment: str) -> None:
+    """Slots and queue are another key's; the newcomer's request is with the workers all the same, and goes first."""
+    async with rig(redis_url, deployment, api_keys="greedy,quiet") as it, client() as session:
+        it.worker.max_num_seqs = 8
+        await it.worker.beat()
+        await eventually(lambda: it.gateway.admission.limit == 10, "the bound follows")
+        it.worker.gate.clear()
+        crowd = [asyncio.create_task(status_of(session, it, BODY, "greedy")) for _ in range(20)]
+        await eventually(lambda: queued(it, 10) and len(it.worker.jobs) == 10, "ten run, ten wait")
+        quiet = asyncio.create_task(status_of(session, it, BODY, "quiet"))
+        await eventually(lambda: len(it.worker.jobs) == 11, "the newcomer runs")
+        assert (it.gateway.admission.in_flight, it.gateway.admission.queued) == (11, 10)
+        it.worker.gate.set()
+        assert await asyncio.gather(quiet, *crowd) == [200] * 21
+    keys = Keys(deployment)
+    newcomer, others = it.worker.jobs[10], it.worker.jobs[:10] + it.worker.jobs[11:]
+    assert newcomer.prefill_stream == keys.express_work("prefill", newcomer.model)
+    assert newcomer.decode_stream == keys.express_work("decode", newcomer.model)
+    assert newcomer.priority < 0
+    assert {(job.prefill_stream, job.priority) for job in others} == {(keys.work("prefill", newcomer.model), 0)}
+
+
+async def test_a_newcomer_that_put_itself_behind_others_stays_there(redis_url: str, deployment: str) -> None:
+    async with rig(redis_url, deployment, api_keys="greedy,quiet") as it, client() as session:
+        it.worker.gate.clear()
+        first = asyncio.create_task(status_of(session, it, BODY, "greedy"))
+        await eventually(lambda: len(it.worker.jobs) == 1, "one runs")
+        later = asyncio.create_task(status_of(session, it, {**BODY, "priority": 3}, "quiet"))
+        await eventually(lambda: len(it.worker.jobs) == 2, "both run")
+        it.worker.gate.set()
+        assert [await first, await later] == [200, 200]
+    job = it.worker.jobs[1]
+    assert (job.priority, job.prefill_stream) == (3, Keys(deployment).work("prefill", job.model))
 
 
 async def test_a_crowd_over_its_bound_is_told_so_and_others_are_not(redis_url: str, deployment: str) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from services.gateway.app import load_model, run_gateway
+from services.gateway.app import run_gateway
+from services.gateway.model import load_model
 from shared.errors import ConfigurationError
 from shared.protocol.keys import Keys
 from tests.fake_worker import FakeWorker

@@ -11,7 +11,8 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from services.gateway.app import drain, serve
+from services.gateway.app import serve
+from services.gateway.drain import drain
 from shared.errors import ConfigurationError
 from tests.gateway_rig import (
     CHAT,

@@ -10,8 +10,9 @@ from typing import Any
 
 import aiohttp
 import pytest
+from structlog.testing import capture_logs
 
-from services.gateway.app import drain
+from services.gateway.drain import drain
 from shared.protocol.messages import Job
 from tests.gateway_rig import CHAT, CODEC, COMPLETIONS, EOS, MESSAGES, Rig, eventually, pair, read_events, rig
 
@@ -294,6 +295,31 @@ async def test_what_redis_forgot_can_be_joined_and_read_elsewhere_again(redis_ur
         status, joined, response = await second.post(CHAT, body, headers=key)
         assert (status, joined["id"]) == (200, reader.response_id)
         assert response.headers["Idempotent-Replayed"] == "true"
+
+
+async def test_an_unreadable_key_found_after_redis_forgot_everything_ends_no_stream(
+    redis_url: str, deployment: str
+) -> None:
+    async with rig(redis_url, deployment, answer) as it:
+        it.worker.gate.clear()
+        it.worker.pause_at = 5
+        client, keys = it.worker.store._client, it.worker.store.keys
+        with capture_logs() as logs:
+            async with reading(it, CHAT, {"messages": MESSAGES}, **{"Idempotency-Key": "k"}) as reader:
+                await reader.read(4)
+                lost = [name async for name in client.scan_iter(count=500) if name.startswith(keys.prefix.encode())]
+                [idempotency] = [name for name in lost if b":idem:" in name]
+                async with client.pipeline() as pipe:
+                    pipe.delete(*lost)
+                    pipe.set(idempotency, b"no claim")
+                    await pipe.execute()
+                await eventually(lambda: it.gateway.streams.counters.resubmits == 1, "it is submitted again")  # type: ignore[attr-defined]
+                it.worker.gate.set()
+                rest = read_events((await reader.response.read()).decode())[1]
+        assert told([*reader.events, *rest])[0]["text"] == TEXT
+        assert told((await it.resume(reader.response_id))[1])[0]["text"] == TEXT
+        assert [log["log_level"] for log in logs if log["event"] == "claim_unreadable"] == ["warning"]
+        assert await client.get(idempotency) == b"no claim"
 
 
 async def test_a_stream_can_be_cancelled_at_another_gateway(redis_url: str, deployment: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -9,7 +10,7 @@ import aiohttp
 import pytest
 from aiohttp import ClientWebSocketResponse, WSMsgType
 
-from services.gateway.app import drain
+from services.gateway.drain import drain
 from tests.gateway_rig import CHAT, CODEC, MESSAGES, Rig, eventually, rig
 
 BODY = {"messages": MESSAGES}
@@ -149,6 +150,33 @@ async def test_a_frame_over_the_limit_closes_with_1009(redis_url: str, deploymen
         message = await socket.receive(timeout=10)
         assert message.type is WSMsgType.CLOSE
         assert socket.close_code == 1009
+
+
+async def test_frames_share_the_bound_of_memory_with_bodies(redis_url: str, deployment: str) -> None:
+    """A frame is refused while bodies hold the memory, read when they are gone, and holds nothing afterwards."""
+    large = {"messages": [{"role": "user", "content": "x" * 8000}]}
+    async with rig(redis_url, deployment, gateway={"max_bodies_bytes": 16_000}) as it, connect(it) as socket:
+
+        async def refusal() -> str:
+            await socket.send_json(large)
+            frame = await socket.receive_json(timeout=10)
+            return str(frame["error"]["code"])
+
+        address = it.url.removeprefix("http://").split(":")
+        _, writer = await asyncio.open_connection(address[0], int(address[1]))
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 12000\r\n\r\n"
+        writer.write(head.encode() + b" " * 11_999)
+        await writer.drain()
+        async with asyncio.timeout(10):
+            while (await it.post(CHAT, large))[0] != 503:
+                await asyncio.sleep(0.01)
+            assert await refusal() == "overloaded"
+            writer.close()
+            while (code := await refusal()) == "overloaded":
+                await asyncio.sleep(0.01)
+        assert [code, await refusal(), await refusal()] == ["context_length_exceeded"] * 3
+        await socket.send_json(BODY)
+        assert (await frames_to_the_end(socket))[-1]["type"] == "done"
 
 
 async def test_a_drain_closes_idle_sockets_with_1001(redis_url: str, deployment: str) -> None:

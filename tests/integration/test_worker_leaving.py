@@ -38,7 +38,7 @@ async def consumers(client: Redis, bench: Bench) -> set[str]:
     """Every name in the groups of the shared work streams."""
     names = set()
     for role in ("prefill", "decode"):
-        for stream in (bench.keys.work(role, NAME), bench.keys.probe_work(role, NAME)):
+        for stream in (work(role, NAME) for work in (bench.keys.work, bench.keys.express_work, bench.keys.probe_work)):
             names |= {row["name"].decode() for row in await client.xinfo_consumers(stream, GROUP)}
     return names
 

@@ -70,7 +70,9 @@ async def immortal(client: Redis, bench: Bench) -> set[str]:
 
 def kept(bench: Bench) -> set[str]:
     """What may stay for ever: the shared work streams, and the lists of workers and gateways while there are any."""
-    streams = {bench.keys.work(role, NAME) for role in ("prefill", "decode")}
+    streams = {
+        work(role, NAME) for role in ("prefill", "decode") for work in (bench.keys.work, bench.keys.express_work)
+    }
     probes = {bench.keys.probe_work(role, NAME) for role in ("prefill", "decode")}
     return streams | probes | {bench.keys.workers, bench.keys.gateways}
 
@@ -253,6 +255,12 @@ async def test_a_dead_decode_worker_is_swept_and_its_stream_goes_on(
         assert state.end is not None
         assert state.end.usage.decode_worker == heir.worker_id
         assert state.epoch > at_death.epoch
+
+        async def swept_once() -> bool:
+            beats = await bench.registry.live()
+            return max(beat.dead_workers_swept for beat in beats) == sum(beat.requests_swept for beat in beats) == 1
+
+        await until(swept_once)
         bench.services.pop(victim.worker_id)
         assert await num_pending(redis_client, bench) == {}
         await _forgotten(redis_client, bench, victim)

@@ -81,6 +81,10 @@ beats = st.builds(
     tokens_per_second=finite,
     pid=counts,
     max_num_seqs=counts,
+    dead_workers_swept=counts,
+    requests_swept=counts,
+    own_entries_swept=counts,
+    orphans_cancelled=counts,
 )
 
 
@@ -186,11 +190,14 @@ def test_too_many_fields_or_bytes_are_refused() -> None:
         decode(Tokens, bytes(MAX_MESSAGE_BYTES + 1))
 
 
-def test_a_beat_of_the_release_before_says_no_room() -> None:
+def test_a_beat_of_an_older_worker_reads_as_zeros_where_it_says_nothing() -> None:
     beat = WorkerBeat("w", "decode", "ready", "m", "n", "l", equal_tokens=True, max_num_seqs=32)
-    items = msgpack.unpackb(encode(beat))
-    assert decode(WorkerBeat, msgpack.packb(items[:-1])) == replace(beat, max_num_seqs=0)
-    for wrong in (items[:-2], [*items, 1]):
+    swept = replace(beat, dead_workers_swept=1, requests_swept=2, own_entries_swept=3, orphans_cancelled=4)
+    items = msgpack.unpackb(encode(swept))
+    assert items[-5:] == [32, 1, 2, 3, 4], "the order on the wire"
+    assert decode(WorkerBeat, msgpack.packb(items[:-4])) == beat
+    assert decode(WorkerBeat, msgpack.packb(items[:-5])) == replace(beat, max_num_seqs=0)
+    for wrong in (items[:-6], *(items[:-cut] for cut in (1, 2, 3)), [*items, 1]):
         with pytest.raises(ProtocolError, match="fields"):
             decode(WorkerBeat, msgpack.packb(wrong))
 

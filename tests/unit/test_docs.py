@@ -18,7 +18,6 @@ from pydantic import SecretStr
 
 from services.cli import flags
 from services.cli.main import app
-from services.gateway.app import BUS_COUNTERS
 from services.gateway.errors import to_api_error
 from services.gateway.gateway import Gateway
 from services.gateway.metrics import GatewayMetrics
@@ -26,6 +25,7 @@ from services.gateway.routes import Routes
 from services.gateway.schemas import IGNORED, UNSUPPORTED, ChatBody, CompletionBody, GenerationBody
 from shared import faultpoints
 from shared.bus.requests import SCRIPTS
+from shared.bus.stream import StreamCounters
 from shared.config import Settings, setting_paths, variable_name
 from shared.errors import CapacityError, RequestError
 from shared.protocol.messages import Usage, WorkerBeat
@@ -208,7 +208,7 @@ def families() -> list[Metric]:
     """Every metric family a gateway exports, each with at least one sample."""
     metrics = GatewayMetrics("m")
     metrics.watch_workers(lambda: [beat()])
-    metrics.watch_counters(BUS_COUNTERS, dict)
+    metrics.watch_streams(StreamCounters())
     metrics.outcomes.labels("r", "o").inc()
     metrics.rejections.labels("r").inc()
     metrics.resumes.labels("resumed").inc()

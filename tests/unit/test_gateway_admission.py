@@ -22,11 +22,12 @@ def make(
 
 
 class Crowd:
-    """Clients that enter and stay until told to leave; `order` is who got in when."""
+    """Clients that enter and stay until told to leave; `order` is who got in when, `first` who is to go first."""
 
     def __init__(self, admission: Admission) -> None:
         self.admission = admission
         self.order: list[str] = []
+        self.first: set[str] = set()
         self.leave: dict[str, asyncio.Event] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
 
@@ -56,8 +57,10 @@ class Crowd:
             await self.admission.wait_idle()
 
     async def _stay(self, name: str, key: str, weight: int, how: dict[str, Any]) -> None:
-        async with self.admission.slot(key, weight, **how):
+        async with self.admission.slot(key, weight, **how) as goes_first:
             self.order.append(name)
+            if goes_first:
+                self.first.add(name)
             await self.leave[name].wait()
 
 

@@ -205,3 +205,60 @@ def test_comings_and_goings_leave_nothing_behind(seed: int) -> None:
 def test_nonsense_is_refused(cost: float, weight: float) -> None:
     with pytest.raises(ValueError, match="positive"):
         FairQueue[int]().push(1, "a", cost, weight)
+
+
+def test_what_a_newcomer_took_it_owes() -> None:
+    """It is one again once the others had as much; while it owes, its turns are like theirs."""
+    queue: FairQueue[str] = FairQueue()
+    for _ in range(9):
+        queue.push("crowd", "crowd", 5)
+    queue.pop()
+    assert queue.is_newcomer("quiet")
+    assert not queue.is_newcomer("crowd")
+    queue.push("quiet", "quiet", 12)
+    assert queue.pop().item == "quiet"  # type: ignore[union-attr]  # it is there
+    owing = []
+    while queue.pop() is not None:
+        owing.append(not queue.is_newcomer("quiet"))
+    assert owing == [True, True] + [False] * 6, "three turns of 5 make up for 12"
+
+
+def test_a_newcomer_goes_before_turns_of_the_same_start() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for name in ("a", "b", "a", "b"):
+        queue.push(name, name, 5)
+    assert queue.pop().item == "a"  # type: ignore[union-attr]
+    assert queue.pop().item == "b"  # type: ignore[union-attr]
+    assert queue.pop().item == "a"  # type: ignore[union-attr]
+    assert not queue.is_newcomer("b"), "it has waited, so its turn is an ordinary one"
+    queue.push("new", "new", 5)
+    assert queue.is_newcomer("new")
+    assert [queue.pop().item, queue.pop().item] == ["new", "b"]  # type: ignore[union-attr]
+
+
+@given(st.lists(st.tuples(st.sampled_from(["x", "y"]), st.integers(1, 20)), min_size=1, max_size=60))
+def test_newcomers_hold_up_a_crowd_by_no_more_than_their_share(arrivals: list[tuple[str, int]]) -> None:
+    """Two flows that only ever take newcomers' turns, between turns of a crowd that always waits."""
+    queue: FairQueue[str] = FairQueue()
+    for _ in range(1000):
+        queue.push("crowd", "crowd", 4)
+    served = {"crowd": 0.0, "x": 0.0, "y": 0.0}
+    for flow, cost in arrivals:
+        if queue.is_newcomer(flow):
+            queue.push(flow, flow, cost)
+        ticket = queue.pop()
+        assert ticket is not None
+        served[ticket.flow] += ticket.cost
+        assert max(served["x"], served["y"]) <= served["crowd"] + 20
+
+
+def test_a_new_beginning_forgets_every_debt() -> None:
+    queue: FairQueue[str] = FairQueue()
+    queue.push("a", "a", 1000)
+    queue.pop()
+    assert not queue.is_newcomer("a")
+    queue.forget()
+    assert queue.is_newcomer("a")
+    queue.push("a", "a", 5)
+    queue.push("b", "b", 5)
+    assert [queue.pop().item, queue.pop().item] == ["a", "b"]  # type: ignore[union-attr]

@@ -11,6 +11,7 @@ from structlog.testing import capture_logs
 from services.gateway.admission import Admission, AdmissionLimits
 from services.gateway.app import follow_workers
 from services.gateway.health import ClusterView
+from services.gateway.looptime import LONGEST_GAP_S, TICK_S, LoopTime
 from services.gateway.metrics import GatewayMetrics
 from shared.bus.registry import Registry
 from shared.errors import BusUnavailable
@@ -84,6 +85,54 @@ async def test_admission_follows_each_refresh() -> None:
         await view.refresh()
         assert admission.limit == limit, "while no worker is ready, the last bound stays"
         assert metrics.registry.get_sample_value("slipstream_admission_limit") == limit
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def turn_for(loop_time: LoopTime, clock: FakeClock, seconds: float) -> None:
+    """The loop turns and ticks as it should."""
+    for _ in range(round(seconds / TICK_S)):
+        clock.now += TICK_S
+        loop_time.tick()
+
+
+async def test_a_standstill_of_our_own_is_no_silence_of_redis() -> None:
+    registry, clock = FakeRegistry(worker("prefill"), worker("decode")), FakeClock()
+    loop_time = LoopTime(clock)
+    view = ClusterView(cast(Registry, registry), "me", "m", 1.0, 3.0, loop_time)
+    assert view.reasons() == ["Redis does not answer"], "it never did"
+    await view.refresh()
+    turn_for(loop_time, clock, 1.0)
+    clock.now += 60.0
+    assert view.redis_answers, "what runs before the next tick asks already"
+    loop_time.tick()
+    assert view.reasons() == []
+    view.require_ready()
+
+
+async def test_a_redis_that_says_nothing_while_the_loop_turns_does_not_answer() -> None:
+    registry, clock = FakeRegistry(worker("prefill"), worker("decode")), FakeClock()
+    loop_time = LoopTime(clock)
+    view = ClusterView(cast(Registry, registry), "me", "m", 1.0, 3.0, loop_time)
+    await view.refresh()
+    turn_for(loop_time, clock, 3.0)
+    assert view.redis_answers
+    turn_for(loop_time, clock, TICK_S)
+    assert view.reasons() == ["Redis does not answer"]
+    await view.refresh()
+    assert view.redis_answers, "one answer is enough"
+    clock.now += 60.0
+    loop_time.tick()
+    turn_for(loop_time, clock, 3.0 - LONGEST_GAP_S)
+    assert view.redis_answers
+    turn_for(loop_time, clock, TICK_S)
+    assert not view.redis_answers, "a standstill does not excuse it for ever"
 
 
 @pytest.mark.parametrize("refusal", [OutOfMemoryError("OOM command not allowed"), ReadOnlyError("READONLY")])

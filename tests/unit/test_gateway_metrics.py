@@ -66,7 +66,7 @@ def test_workers_come_and_go() -> None:
     beats = [
         WorkerBeat("p1", "prefill", "ready", "m", "n", "l", running=2, kv_tokens=100, kv_tokens_used=40),
         WorkerBeat("p2", "prefill", "loading", "m", "n", "l"),
-        WorkerBeat("d1", "decode", "ready", "m", "n", "l", tokens_per_second=12.5),
+        WorkerBeat("d1", "decode", "ready", "m", "n", "l", tokens_per_second=12.5, requests_swept=3),
     ]
     metrics = GatewayMetrics("m")
     metrics.watch_workers(lambda: beats)
@@ -74,6 +74,8 @@ def test_workers_come_and_go() -> None:
     assert value("slipstream_worker_running", {"worker": "p1", "role": "prefill"}) == 2
     assert value("slipstream_worker_kv_tokens_used", {"worker": "p1", "role": "prefill"}) == 40
     assert value("slipstream_worker_tokens_per_second", {"worker": "d1", "role": "decode"}) == 12.5
+    assert value("slipstream_worker_requests_swept_total", {"worker": "d1", "role": "decode"}) == 3
+    assert value("slipstream_worker_orphans_cancelled_total", {"worker": "d1", "role": "decode"}) == 0
     assert value("slipstream_workers", {"role": "prefill", "state": "loading"}) == 1
     del beats[0]
     assert value("slipstream_worker_running", {"worker": "p1", "role": "prefill"}) is None

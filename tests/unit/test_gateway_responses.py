@@ -12,8 +12,9 @@ from services.gateway.choices import Delta
 from services.gateway.generation import UsageTotals
 from services.gateway.prepare import Plan
 from services.gateway.presentation import Presentation
-from services.gateway.responses import MIN_LOGPROB, Answer, finite, make_format, prompt_logprobs, usage_object
+from services.gateway.responses import Answer, make_format, usage_object
 from services.gateway.schemas import ChatBody, CompletionBody, validate
+from services.gateway.scores import MIN_LOGPROB, finite, prompt_logprobs
 from shared.protocol.messages import Job, TokenLogprob, Usage
 from shared.protocol.sampling import SamplingParams
 from tests.gateway_rig import CODEC

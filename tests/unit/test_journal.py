@@ -132,9 +132,3 @@ def test_a_journal_of_other_shape_is_refused() -> None:
         fold(entries(Marker((0,)), event([], [1], 3)), 1)
     with pytest.raises(ProtocolError, match="2 choices"):
         fold(entries(Marker((0, 0))), 1)
-
-
-def test_the_direct_successor_is_known() -> None:
-    state = fold(entries(Marker((0,)), event([], [1])), 1)
-    assert state.continues(JournalEntry(1, 2, End("finished")))
-    assert not state.continues(JournalEntry(2, 2, End("finished")))

@@ -10,7 +10,8 @@ from shared.protocol.keys import Keys
 def test_all_keys_of_a_shard_share_one_hash_tag() -> None:
     keys = Keys("d", 2)
     names = [
-        *(keys.work("prefill", "org/model"), keys.probe_work("decode", "m"), keys.private_work("decode", "m", "w1")),
+        *(keys.work("prefill", "org/model"), keys.express_work("prefill", "org/model"), keys.probe_work("decode", "m")),
+        keys.private_work("decode", "m", "w1"),
         *(keys.request("r"), keys.log("r"), keys.tokens("g"), keys.gateway("g"), keys.worker("w")),
         *(keys.workers, keys.dead),
     ]

@@ -33,11 +33,15 @@ local function num_tokens()
   return sum
 end
 
+local function model()
+  return (string.gsub(string.match(r.ps, ':work:prefill:(.*)$') or '', '#express$', ''))
+end
+
 local function quarantine()
   local prompt, tokens = redis.call('HGET', r.key, 'plen') or '', num_tokens()
   if not term(r, 'error', QUARANTINED, 'The request was given up because its workers kept dying.', -1) then return end
   redis.call('XADD', KEYS[3], 'MAXLEN', '~', DEAD_LENGTH, '*', 'id', r.id, 'reason', QUARANTINED, 'deaths', r.deaths,
-    'kills', r.kills, 'epoch', r.epoch, 'model', string.match(r.ps, ':work:prefill:(.*)$') or '', 'role', r.died,
+    'kills', r.kills, 'epoch', r.epoch, 'model', model(), 'role', r.died,
     'prompt', prompt, 'tokens', tokens, 'time', now(), 'gateway', r.gw)
 end
 
