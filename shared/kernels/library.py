@@ -1,4 +1,4 @@
-"""The compiled CPU kernels as Python sees them: structs of the C interface, and one place that finds and loads the library.
+"""The compiled CPU kernels as Python sees them: structs of the C interface, and where the library is found and loaded.
 
 The structs mirror `cpu/slipstream_cpu.h` field by field. ctypes lets go of the GIL while a call runs.
 """

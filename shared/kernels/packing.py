@@ -57,9 +57,9 @@ FORMATS = {
 class Matrix:
     """A matrix [num_out, num_in] before it is packed; a row's order can still be changed.
 
-    Dense: `quants` holds the values (float32, or the bits of bfloat16). 4 bits: `quants` is uint8 [num_out, num_in / 32,
-    16], input i of a block in the low nibble of byte i, input i + 16 in the high one. 8 bits: uint8 [num_out, num_in],
-    the signed value + 128. `scales` and `minima` are [num_out, num_in / inputs].
+    Dense: `quants` holds the values (float32, or the bits of bfloat16). 4 bits: `quants` is uint8
+    [num_out, num_in / 32, 16], input i of a block in the low nibble of byte i, input i + 16 in the high one. 8 bits:
+    uint8 [num_out, num_in], the signed value + 128. `scales` and `minima` are [num_out, num_in / inputs].
     """
 
     kind: Kind

@@ -7,6 +7,7 @@ Quantised GGUF tensors keep their values; float tensors stay float32 or bfloat16
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -25,34 +26,14 @@ from shared.kernels.packing import (
     quantise_8bit,
 )
 from shared.model.config import NORM_RMS, ModelConfig
+from shared.model.native_support import ACTIVATIONS
 from shared.model.row_order import gate_and_up_order, qkv_order, rotary_order
-from shared.model.source import ModelSource
 from shared.model.tensor_file import TensorReader
 from shared.model.weight_names import WeightNames
 
 F32 = npt.NDArray[np.float32]
 
 QUANTISERS: dict[str, Callable[[F32], Matrix]] = {"int8": quantise_8bit, "int4": quantise_4bit}
-
-_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu": 2}
-_MAX_HEAD_DIM, _MAX_GROUP = 256, 32
-
-
-def why_not(source: ModelSource, block_size: int) -> str:
-    """Why the kernels cannot run this model, as a clause; empty when they can."""
-    config = source.config
-    attention_size = config.num_heads * config.head_dim
-    if config.activation not in _ACTIVATIONS:
-        return f"the activation {config.activation} is not among {', '.join(_ACTIVATIONS)}"
-    if config.head_dim % TILE or config.head_dim > _MAX_HEAD_DIM:
-        return f"the head size {config.head_dim} is not a multiple of {TILE} up to {_MAX_HEAD_DIM}"
-    if config.hidden_size % INPUT_PAD or attention_size % INPUT_PAD:
-        return f"the widths {config.hidden_size} and {attention_size} are not both multiples of {INPUT_PAD}"
-    if config.group_size > _MAX_GROUP:
-        return f"{config.group_size} query heads share a K/V head, more than {_MAX_GROUP}"
-    if block_size % TILE:
-        return f"the KV block size {block_size} is not a multiple of {TILE}"
-    return ""
 
 
 class NativeWeights:
@@ -97,7 +78,7 @@ class NativeLoader:
             config.head_dim,
             config.max_position,
             0 if config.norm == NORM_RMS else 1,
-            _ACTIVATIONS[config.activation],
+            ACTIVATIONS[config.activation],
             int(config.gated_mlp),
             config.sliding_window or 0,
             block_size,
@@ -159,7 +140,7 @@ class NativeLoader:
         if len({matrix.kind for matrix in matrices}) == 1:
             return [concatenate(matrices).rows(order)], bias
         starts = np.cumsum([0, *widths])
-        pieces = [order[a:b] - a for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        pieces = [order[a:b] - a for a, b in pairwise(starts)]
         return [matrix.rows(piece) for matrix, piece in zip(matrices, pieces, strict=True)], bias
 
     def _feed_forward(self, layer: CLayer, index: int) -> None:

@@ -17,7 +17,7 @@ F32 = npt.NDArray[np.float32]
 
 
 class TensorFile(Protocol):
-    """`shapes` of all tensors; `read` gives one as numbers, `matrix` as it is stored where the kernels know that form."""
+    """`shapes` of all tensors; `read` gives one as numbers, `matrix` as it is stored where the kernels know how."""
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
@@ -38,7 +38,7 @@ class TensorReader:
         return self._stored_name(name) in self._file.shapes
 
     def tensor(self, name: str, *shape: int) -> Tensor:
-        """Values in the dtype they are stored in, float32 if quantised. Raises ModelFormatError naming file and tensor."""
+        """Values in their stored dtype, float32 if quantised. Raises ModelFormatError naming file and tensor."""
         return torch.as_tensor(self._file.read(self._checked(name, shape)))
 
     def floats(self, name: str, *shape: int) -> F32:

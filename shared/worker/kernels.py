@@ -15,7 +15,7 @@ from shared.kv.cache import KVCache
 from shared.kv.layout import KVLayout
 from shared.model.language_model import LanguageModel
 from shared.model.native import NativeDecoder
-from shared.model.native_weights import why_not
+from shared.model.native_support import why_not
 from shared.model.registry import ROW_PAD, load, load_native
 from shared.model.source import ModelSource
 
@@ -52,7 +52,7 @@ class Kernels:
 
 
 def choose_kernels(source: ModelSource, settings: EngineSettings) -> Kernels:
-    """Follow `kernels`, and say what was chosen and why. Raises ConfigurationError where native was asked for in vain."""
+    """Follow `kernels`, and say what was chosen and why. ConfigurationError where native was asked for in vain."""
     library = load_library() if settings.kernels != "torch" else None
     reason = _reason(source, settings, library)
     if reason and settings.kernels == "native":

@@ -1,0 +1,230 @@
+"""Slipstream beside other servers on one machine: the same prompts, the same lengths, HTTP streaming, in turn.
+
+    python -m benchmarks.peers --rounds 3 --out docs/data/peers.json \\
+        --peer 'llama.cpp Q4_0=llama-server -m Q4_0.gguf --host 127.0.0.1 --port {port} -t 2 -tb 2 -np 32 -c 16384'
+
+A peer is any command that starts an OpenAI-compatible server on `{port}`. Each round starts every server once, measures
+decoding at several numbers of streams, prefill of long prompts, and the gaps of running streams while long prompts
+arrive, and stops it. Figures are ratios of one run to the next: medians over rounds with minimum and maximum.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+
+from benchmarks.raw import write_raw
+from services.bench.load import run_bench
+from services.bench.options import BenchOptions
+
+OURS = "slipstream"
+STREAMS = {1: 6, 8: 24, 32: 64}
+"""Streams at once, and requests measured."""
+
+PROMPT_LEN, OUTPUT_LEN = 64, 128
+PREFILLS = {512: 4, 2048: 3}
+"""Prompt tokens, and requests measured one after the other with a single token of output."""
+
+RUNNING, ARRIVING = 8, 2048
+START_TIMEOUT_S = 240.0
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """One server of the comparison; `{port}` in the command is where it is to listen."""
+
+    name: str
+    command: tuple[str, ...]
+
+    @contextmanager
+    def running(self, port: int) -> Iterator[subprocess.Popen[bytes]]:
+        command = [part.replace("{port}", str(port)) for part in self.command]
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        ) as process:
+            try:
+                self._await(process, port)
+                yield process
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGINT)
+                try:
+                    process.wait(30)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+
+    def _await(self, process: subprocess.Popen[bytes], port: int) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not _healthy(port):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{self.name} did not start: {shlex.join(self.command)}")
+            time.sleep(0.3)
+
+
+def _healthy(port: int) -> bool:
+    with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
+        return bool(response.status == 200)
+    return False
+
+
+class Family:
+    """A server's processes: peak memory and processor time of all of them."""
+
+    def __init__(self, pid: int) -> None:
+        self._root = psutil.Process(pid)
+
+    def _members(self) -> list[psutil.Process]:
+        return [self._root, *self._root.children(recursive=True)]
+
+    def peak_mib(self) -> float:
+        """Sum of the peaks of resident memory; pages that processes share count in each."""
+        total = 0
+        for member in self._members():
+            with suppress(OSError):
+                lines = Path(f"/proc/{member.pid}/status").read_text().splitlines()
+                total += sum(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+        return total / 1024
+
+    def private_mib(self) -> float:
+        """Sum of proportional set sizes now: shared pages are divided among those who share them."""
+        total = 0
+        for member in self._members():
+            with suppress(OSError):
+                lines = Path(f"/proc/{member.pid}/smaps_rollup").read_text().splitlines()
+                total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+        return total / 1024
+
+    def cpu_s(self) -> float:
+        return sum(sum(member.cpu_times()[:2]) for member in self._members())
+
+
+def measure(options: BenchOptions) -> dict[str, Any]:
+    """One load; raises RuntimeError when any request failed."""
+    report = asyncio.run(run_bench(options))
+    if not report.ok:
+        raise RuntimeError(f"{options.label}: {report.errors} requests failed, the first: {report.first_error}")
+    return {
+        "output_tokens_per_s": report.output_tokens_per_s,
+        "ttft_ms": report.ttft_ms,
+        "itl_ms": report.itl_ms,
+        "chunks_per_token": report.chunks_per_token,
+    }
+
+
+async def gaps_beside_arrivals(options: BenchOptions) -> dict[str, Any]:
+    """Running streams' gaps, alone and while long prompts arrive one after the other."""
+    steady = replace(options, concurrency=RUNNING, requests=RUNNING, prompt_len=PROMPT_LEN, output_len=3 * OUTPUT_LEN)
+    alone = await run_bench(steady)
+    arrivals = replace(options, concurrency=1, requests=4, warmup=0, prompt_len=ARRIVING, output_len=1, seed=77)
+    running = asyncio.create_task(run_bench(replace(steady, seed=5)))
+    await asyncio.sleep(1.5)  # the streams run
+    arrived = await run_bench(arrivals)
+    beside = await running
+    return {"alone_itl_ms": alone.itl_ms, "beside_itl_ms": beside.itl_ms, "arrivals_ttft_ms": arrived.ttft_ms}
+
+
+def one_round(server: Server, port: int, number: int) -> dict[str, Any]:
+    """Everything of one server, started for it and stopped afterwards."""
+    found: dict[str, Any] = {"server": server.name, "round": number, "streams": {}, "prefill": {}}
+    with server.running(port) as process:
+        family = Family(process.pid)
+        base = BenchOptions(
+            base_url=f"http://127.0.0.1:{port}", pids=(process.pid,), label=server.name, seed=number * 1000
+        )
+        for streams, requests in STREAMS.items():
+            before = family.cpu_s()
+            load = replace(base, concurrency=streams, requests=requests, prompt_len=PROMPT_LEN, output_len=OUTPUT_LEN)
+            result = measure(replace(load, warmup=2, seed=base.seed + streams))
+            spent = family.cpu_s() - before
+            result["cpu_us_per_token"] = 1e6 * spent / ((requests + 2) * OUTPUT_LEN)
+            found["streams"][streams] = result
+        for length, requests in PREFILLS.items():
+            load = replace(base, requests=requests, prompt_len=length, output_len=1, seed=base.seed + length)
+            ttft = measure(load)["ttft_ms"]["p50"]
+            found["prefill"][length] = {"ttft_ms": ttft, "tokens_per_s": 1000 * length / ttft}
+        found["long_prompts"] = asyncio.run(gaps_beside_arrivals(replace(base, seed=base.seed + 9)))
+        found["pss_mib"] = family.private_mib()
+        found["peak_rss_mib"] = family.peak_mib()
+    return found
+
+
+def columns(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """{column: {server: values over rounds}}."""
+    table: dict[str, dict[str, list[float]]] = {}
+    for result in results:
+        cells = {f"{n} streams, tokens/s": load["output_tokens_per_s"] for n, load in result["streams"].items()}
+        cells |= {f"prefill {n}, tokens/s": load["tokens_per_s"] for n, load in result["prefill"].items()}
+        cells["gap p99 alone, ms"] = result["long_prompts"]["alone_itl_ms"]["p99"]
+        cells["gap p99 beside 2048-token prompts, ms"] = result["long_prompts"]["beside_itl_ms"]["p99"]
+        cells["peak memory, MiB"] = result["peak_rss_mib"]
+        for name, value in cells.items():
+            table.setdefault(name, {}).setdefault(result["server"], []).append(value)
+    return table
+
+
+def render(results: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table: one line a column of figures, one column a server, and our ratio to the best other."""
+    table = columns(results)
+    servers = list(dict.fromkeys(result["server"] for result in results))
+    lines = ["| | " + " | ".join(servers) + " | ratio to the best other |", "| --- |" + " --- |" * (len(servers) + 1)]
+    for name, by_server in table.items():
+        cells = [f"{median(v):.0f} [{min(v):.0f}-{max(v):.0f}]" for v in (by_server[server] for server in servers)]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {_ratio(name, by_server)} |")
+    return "\n".join(lines)
+
+
+def _ratio(column: str, by_server: dict[str, list[float]]) -> str:
+    """Ours over the best other's, round by round: median and extremes."""
+    best = max if "tokens/s" in column else min
+    others = [values for server, values in by_server.items() if server != OURS]
+    if OURS not in by_server or not others:
+        return "-"
+    leader = best(others, key=median)
+    ratios = [ours / theirs for ours, theirs in zip(by_server[OURS], leader, strict=False)]
+    return f"{median(ratios):.2f} [{min(ratios):.2f}-{max(ratios):.2f}]"
+
+
+def parse_peer(text: str) -> Server:
+    name, sign, command = text.partition("=")
+    if not sign or "{port}" not in command:
+        raise argparse.ArgumentTypeError("a peer is NAME=COMMAND, with {port} where the port goes")
+    return Server(name, tuple(shlex.split(command)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", default="smollm2", help="what `slipstream serve` serves")
+    parser.add_argument("--serve-flags", default="", help="more flags of `slipstream serve`")
+    parser.add_argument("--peer", type=parse_peer, action="append", default=[])
+    parser.add_argument("--port", type=int, default=18960)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    ours = (sys.executable, "-m", "services.cli", "serve", options.model, "--port", "{port}")
+    servers = [Server(OURS, (*ours, *shlex.split(options.serve_flags))), *options.peer]
+    results = []
+    for number in range(options.rounds):
+        for server in servers:
+            results.append(one_round(server, options.port, number))
+            print(f"round {number + 1} of {options.rounds}: {server.name} done", file=sys.stderr, flush=True)
+    print(render(results))
+    write_raw(options.out, results, table=render(results).splitlines())
+
+
+if __name__ == "__main__":
+    main()
