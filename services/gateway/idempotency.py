@@ -80,12 +80,12 @@ class Record:
             _log.warning("claim_unreadable", response_id=self.stored.response_id, error=str(exc)[:200])
 
     async def forget(self) -> None:
-        """The submission failed: nobody shall wait for it. Without Redis the record just expires."""
+        """The submission failed: nobody shall wait for it. What cannot be read or reached just expires."""
         try:
             if self.ticket is not None and self.claim is not None:
                 await self.responses.release(self.ticket.digest, self.claim)
             await self.responses.forget(self.stored.response_id)
-        except BusUnavailable as exc:
+        except (BusUnavailable, ProtocolError) as exc:
             _log.warning("records_left", response_id=self.stored.response_id, error=str(exc))
 
 

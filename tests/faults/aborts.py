@@ -12,10 +12,13 @@ import itertools
 import random
 import secrets
 import tempfile
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from redis.asyncio import Redis
 
 from benchmarks.raw import write_raw
 from shared import faultpoints
@@ -30,6 +33,7 @@ from tests.tiny_model import NAME, VOCAB, write_tiny_model
 QUEUED = "queued"
 STATES = (QUEUED, *(name for name in faultpoints.POINTS if not name.startswith("gateway.")))
 BATCH = 25
+_READ_WITHIN_S = 10.0
 _DELAYS_S = (0.0, 0.0, 0.001, 0.005, 0.02)
 
 
@@ -131,7 +135,15 @@ async def check_batch(bench: Bench, start: list[int], tally: Tally) -> None:
     for engine in engines(bench):
         engine.check_integrity()
     async with connect(bench.settings.redis.url) as client:
-        tally.violations += await invariants.nothing_pending(client)
+        tally.violations += await entries_left(client)
+
+
+async def entries_left(client: Redis) -> list[str]:
+    """Work entries nobody takes away. One of a request that ended before it was read goes when it is read."""
+    deadline = time.monotonic() + _READ_WITHIN_S
+    while (left := await invariants.nothing_pending(client)) and time.monotonic() < deadline:
+        await asyncio.sleep(0.05)
+    return left
 
 
 def main(arguments: list[str] | None = None) -> int:
