@@ -135,7 +135,7 @@ def _decoders(source: ModelSource) -> list[tuple[str, LanguageModel, torch.dtype
 def greedy_texts(source: ModelSource, kernels: str) -> list[list[int]]:
     """The tokens of each prompt's greedy continuation."""
     tokenizer = load_tokenizer(source)
-    settings = EngineSettings(kernels=kernels, kv_cache_tokens=4096)  # type: ignore[arg-type]
+    settings = EngineSettings(kernels=kernels, kv_cache_tokens=4096)
     engine = build_engine(source, settings, prefill_share=1.0, shared_cache=False).engine
     texts = []
     for index, prompt in enumerate(PROMPTS):

@@ -32,7 +32,7 @@ def logits_for(context: tuple[int, ...]) -> np.ndarray:
 
 
 class ContextModel:
-    """Implements `shared.engine.runner.LanguageModel`; hidden states are indices into the contexts seen."""
+    """Implements `shared.model.language_model.ForwardPass`; hidden states are indices into the contexts seen."""
 
     row_pad = 4
 

@@ -57,7 +57,7 @@ def _last_row(item: Scheduled) -> tuple[int, int, int, int, float]:
 def _is_plain(sequence: Sequence) -> bool:
     """Whether the draw reads the logits as they are: no bias, penalty, mask or filter."""
     params = sequence.params
-    adjusted = params.logit_bias or params.presence_penalty or params.frequency_penalty
+    adjusted: object = params.logit_bias or params.presence_penalty or params.frequency_penalty
     adjusted = (
         adjusted or params.repetition_penalty != 1.0 or (params.stop_ids and sequence.num_output < params.min_tokens)
     )

@@ -12,7 +12,7 @@ from shared.engine.draws import Draws
 from shared.engine.noise import F32
 from shared.kv.cache import KVCache
 from shared.model.batch import AttentionGroup, ForwardBatch, Int32, Int64, RaggedStep, padded_rows
-from shared.model.language_model import LanguageModel
+from shared.model.language_model import ForwardPass
 from shared.model.native import NativeDecoder
 
 
@@ -37,7 +37,7 @@ class Runner(Protocol):
 class TorchRunner:
     """Plain torch, on any device; leaves all draws to the engine."""
 
-    def __init__(self, model: LanguageModel, cache: KVCache, device: str) -> None:
+    def __init__(self, model: ForwardPass, cache: KVCache, device: str) -> None:
         self._model = model
         self._device = torch.device(device)
         self.cache = cache
@@ -55,7 +55,8 @@ class TorchRunner:
         """The step's rows padded with rows of block 0, its sequences grouped by their number of new tokens."""
         missing = padded_rows(len(step.token_ids), self._model.row_pad) - len(step.token_ids)
         token_ids, positions, slots = (
-            self._tensor(np.pad(array, (0, missing))) for array in (step.token_ids, step.positions, step.slots)
+            self._tensor(np.pad(array.astype(np.int64), (0, missing)))
+            for array in (step.token_ids, step.positions, step.slots)
         )
         counts = np.diff(step.starts)
         groups = tuple(self._group(step, counts, int(length)) for length in np.unique(counts))

@@ -39,7 +39,8 @@ def _five_bits(high: U8, nibbles: U8) -> U8:
     """Quants 0 to 31 of 32 inputs from 4 bytes of fifth bits and 16 bytes of nibbles."""
     bits = np.unpackbits(high, axis=-1, bitorder="little")
     low = np.concatenate((nibbles & 15, nibbles >> 4), axis=-1)
-    return low | (bits << 4)
+    quants: U8 = low | (bits << 4)
+    return quants
 
 
 def _q5_0(raw: U8, num_in: int) -> Matrix:

@@ -132,15 +132,17 @@ def quantise_4bit(values: F32) -> Matrix:
 
 def dequantise(matrix: Matrix) -> F32:
     """Every value as float32 [num_out, num_in]: the slow, obvious reading."""
-    fmt = FORMATS[matrix.kind]
+    fmt, stored = FORMATS[matrix.kind], matrix.quants
     if matrix.kind is Kind.F32:
-        return matrix.quants.astype(np.float32)
+        return stored.astype(np.float32)
     if matrix.kind is Kind.BF16:
-        return (matrix.quants.astype(np.uint32) << 16).view(np.float32)
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    assert matrix.scales is not None
     if fmt.bits == 4:
-        quants = np.concatenate((matrix.quants & 15, matrix.quants >> 4), axis=-1).astype(np.float32)
+        nibbles = stored.astype(np.uint8)
+        quants = np.concatenate((nibbles & 15, nibbles >> 4), axis=-1).astype(np.float32)
     else:
-        quants = matrix.quants.reshape(matrix.num_out, -1, fmt.inputs).astype(np.float32) - 128
+        quants = stored.reshape(matrix.num_out, -1, fmt.inputs).astype(np.float32) - 128
     values = quants * matrix.scales.astype(np.float32)[..., None]
     if matrix.minima is not None:
         values = values + matrix.minima.astype(np.float32)[..., None]

@@ -1,7 +1,7 @@
 """What one step computes: plain arrays, no sequence objects, no prefill flag.
 
-The engine lays a plan out as a `RaggedStep`; the torch runner makes a `ForwardBatch` of it. `Decoder.forward(batch, kv)`
-turns that into hidden states, `Decoder.logits(rows)` turns chosen rows of those into logits.
+The engine lays a plan out as a `RaggedStep`; the torch runner makes a `ForwardBatch` of it, `Decoder.forward` makes
+hidden states of that, and `Decoder.logits` logits of chosen rows of those.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +55,7 @@ class NativeDecoder:
 
     def _start(self, model: CModel) -> None:
         self._model = model
+        self._logits: F32 = np.empty((0, self.config.vocab_size), dtype=np.float32)
         self._engine = self._library.create(model, self._threads, self.isa)
 
     def __del__(self) -> None:
@@ -92,12 +93,15 @@ class NativeDecoder:
         return shorter
 
     def run(self, step: RaggedStep, kv: Tensor, draws: Draws | None = None) -> tuple[F32, Int32]:
-        """Logits [len(logit_rows), vocab_size] and, with `draws`, the sampled ids (-1 where none was asked for)."""
+        """Logits [len(logit_rows), vocab_size] and, with `draws`, the sampled ids (-1 where none was asked for).
+
+        The logits are overwritten by the next run: fresh memory for each step would be cleared page by page.
+        """
         num_rows = len(step.logit_rows)
-        logits = np.empty((num_rows, self.config.vocab_size), dtype=np.float32)
+        logits = self._logits_of(num_rows)
         sampled = np.full(num_rows, -1, dtype=np.int32)
         call = CStep(len(step.token_ids), len(step.starts) - 1, step.block_tables.shape[1], num_rows)
-        arrays = {"logits": logits, "sampled": sampled}
+        arrays: dict[str, npt.NDArray[Any]] = {"logits": logits, "sampled": sampled}
         for name in ("token_ids", "positions", "slots", "starts", "block_tables", "logit_rows"):
             arrays[name] = getattr(step, name)
         if draws is not None:
@@ -108,6 +112,11 @@ class NativeDecoder:
         call.kv, call.num_blocks = kv.data_ptr(), kv.shape[1]
         self._library.run(self._engine, call)
         return logits, sampled
+
+    def _logits_of(self, num_rows: int) -> F32:
+        if num_rows > len(self._logits):
+            self._logits = np.empty((num_rows, self.config.vocab_size), dtype=np.float32)
+        return self._logits[:num_rows]
 
     def forward(self, batch: ForwardBatch, kv: Tensor) -> Tensor:
         """Hidden states after the final norm, [num_tokens, hidden_size]; as `Decoder.forward`."""

@@ -150,7 +150,7 @@ class NativeLoader:
         into = [self._matrix(name.format(i=index), inner, outer).padded(padded, outer) for name in names.mlp_in]
         biases = [self._bias(name.format(i=index), inner, config.mlp_bias) for name in names.mlp_in]
         bias = np.concatenate(
-            [np.pad(part, (0, padded - inner)) for part in biases if part is not None] or [np.zeros(0)]
+            [np.pad(part, (0, padded - inner)) for part in biases if part is not None] or [np.zeros(0, np.float32)]
         )
         matrix = _alike(into)
         if config.gated_mlp:

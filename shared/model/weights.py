@@ -146,5 +146,5 @@ def read_rotations(reader: TensorReader, names: WeightNames, config: ModelConfig
     frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     factors = f"{names.rope_factors}.weight"
     if reader.has(factors):
-        frequencies = frequencies / reader.floats(factors, config.head_dim // 2)
+        frequencies = frequencies / reader.tensor(factors, config.head_dim // 2).float()
     return rotary_table(frequencies, config.max_position)

@@ -25,7 +25,7 @@ from shared.kv.block_manager import chain_root
 from shared.kv.cache import KVCache
 from shared.kv.layout import KVLayout
 from shared.model.decoder import Decoder
-from shared.model.registry import load
+from shared.model.registry import ROW_PAD, load
 from shared.model.source import resolve
 from shared.protocol.journal import JournalState
 from shared.protocol.messages import Job, TokenLogprob
@@ -34,7 +34,7 @@ from shared.transfer.base import Part
 from shared.transfer.blocks import gather
 from shared.transfer.exporter import Exporter
 from shared.transfer.importer import Importer
-from shared.worker.build import ROW_PAD, set_threads
+from shared.worker.build import set_threads
 from shared.worker.jobs import CacheScope
 from tests.engine_fakes import make_sequence, output_of, run_to_end
 from tests.inprocess import workers

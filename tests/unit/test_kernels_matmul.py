@@ -69,7 +69,9 @@ def as_quantised(rows: F32) -> npt.NDArray[np.float64]:
     groups = rows.reshape(len(rows), -1, 32)
     top = np.abs(groups).max(-1, keepdims=True)
     inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 0)
-    return (np.rint(groups * inverse).astype(float) * (top / np.float32(127)).astype(float)).reshape(rows.shape)
+    quants, scales = np.rint(groups * inverse).astype(np.float64), (top / np.float32(127)).astype(np.float64)
+    seen: npt.NDArray[np.float64] = (quants * scales).reshape(rows.shape)
+    return seen
 
 
 @pytest.mark.parametrize("shape", SHAPES)

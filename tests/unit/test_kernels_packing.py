@@ -64,7 +64,7 @@ def unpack(packed: npt.NDArray[np.uint8], kind: Kind, num_out: int, num_in: int)
     """The slow, obvious reading of packed bytes, output by output, from the words of the header alone."""
     fmt = FORMATS[kind]
     if fmt.bits == 0:
-        values = (
+        values: npt.NDArray[np.generic] = (
             packed.view(fmt.scale).reshape(num_out // TILE, num_in, TILE).transpose(0, 2, 1).reshape(num_out, num_in)
         )
         return (
@@ -81,7 +81,7 @@ def unpack(packed: npt.NDArray[np.uint8], kind: Kind, num_out: int, num_in: int)
         for block in range(num_in // fmt.inputs):
             start = (tile * (num_in // fmt.inputs) + block) * block_bytes
             data = packed[start : start + block_bytes]
-            scales = data[: TILE * width].view(fmt.scale)
+            scales: npt.NDArray[np.generic] = data[: TILE * width].view(fmt.scale)
             minimum = float(data[TILE * width : head].view(fmt.scale)[lane]) if fmt.has_min else 0.0
             for i in range(fmt.inputs):
                 at = i % 16 if fmt.bits == 4 else i
