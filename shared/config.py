@@ -65,10 +65,10 @@ class EngineSettings(_Section):
     """What one worker computes with. `kv_cache_tokens` wins over `kv_cache_memory` (bytes) when both are set."""
 
     device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d{1,2})?)$")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     kernels: Literal["auto", "native", "torch"] = "auto"
     quantization: Literal["int8", "int4"] | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     block_size: int = Field(default=16, ge=1, le=128)
     kv_cache_tokens: int | None = Field(default=None, ge=64)
     kv_cache_memory: int | None = Field(default=None, ge=1 << 20)

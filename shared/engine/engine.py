@@ -237,11 +237,11 @@ class Engine:
 
     def _sample_choice(self, sequence: Sequence, choice: int, logits: F32, drawn: int) -> Sampled:
         """`drawn` is what the runner drew for the sequence's only choice, -1 if it did not."""
-        params, request = sequence.params, sequence.sample_input(choice)
-        token = drawn if drawn >= 0 else sample(logits, request)
+        params = sequence.params
+        token = drawn if drawn >= 0 else sample(logits, sequence.sample_input(choice))
         self._generated += 1
         logprob = None if params.logprobs is None else token_logprob(logits, token, params.logprobs)
-        return Sampled(choice, token, logprob, params.finish_reason([*request.output_ids, token]))
+        return Sampled(choice, token, logprob, params.finish_after(sequence.num_output + 1, token))
 
     def _collect_prompt_logprobs(self, sequence: Sequence, first_row: int, logits: F32) -> None:
         collected = sequence.prompt_logprobs

@@ -97,6 +97,7 @@ class NativeDecoder:
 
         The logits are overwritten by the next run: fresh memory for each step would be cleared page by page.
         """
+        self._check(step)
         num_rows = len(step.logit_rows)
         logits = self._logits_of(num_rows)
         sampled = np.full(num_rows, -1, dtype=np.int32)
@@ -112,6 +113,15 @@ class NativeDecoder:
         call.kv, call.num_blocks = kv.data_ptr(), kv.shape[1]
         self._library.run(self._engine, call)
         return logits, sampled
+
+    def _check(self, step: RaggedStep) -> None:
+        """Compiled code reads where it is told to: what comes from outside is bounded here."""
+        for name, values, end in (
+            ("token id", step.token_ids, self.config.vocab_size),
+            ("position", step.positions, self.config.max_position),
+        ):
+            if len(values) and not 0 <= int(values.min()) <= int(values.max()) < end:
+                raise IndexError(f"a {name} is outside 0 to {end - 1}")
 
     def _logits_of(self, num_rows: int) -> F32:
         if num_rows > len(self._logits):

@@ -44,6 +44,12 @@ class SamplingParams:
 
     def finish_reason(self, output_ids: Sequence[int]) -> str | None:
         """Why these output tokens end their choice: "stop" after a stop id, "length" at max_tokens, else None."""
-        if output_ids and len(output_ids) >= self.min_tokens and output_ids[-1] in self.stop_ids:
+        if not output_ids:
+            return "length" if self.max_tokens == 0 else None
+        return self.finish_after(len(output_ids), output_ids[-1])
+
+    def finish_after(self, num_output: int, last: int) -> str | None:
+        """The same for `num_output` ≥ 1 tokens of which `last` is the last one."""
+        if num_output >= self.min_tokens and last in self.stop_ids:
             return "stop"
-        return "length" if len(output_ids) >= self.max_tokens else None
+        return "length" if num_output >= self.max_tokens else None

@@ -19,6 +19,8 @@ SAMPLES: dict[tuple[str, ...], Any] = {
     ("redis", "url"): "redis://somewhere:1/0",
     ("log_level",): "error",
     ("engine", "device"): "cuda",
+    ("engine", "kernels"): "torch",
+    ("engine", "quantization"): "int8",
     ("engine", "dtype"): "bfloat16",
     ("engine", "kv_cache_dtype"): "float16",
     ("engine", "block_size"): 32,

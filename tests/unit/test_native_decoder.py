@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from shared.kernels.library import Isa
 from shared.kv.layout import KVLayout
+from shared.model.batch import RaggedStep
 from shared.model.invariance import numerics_fingerprint, probe
 from shared.model.native_support import why_not
 from shared.model.registry import load
@@ -21,7 +23,7 @@ from tests.invariance_checks import (
     check_mixed_steps,
     same_bits,
 )
-from tests.model_checkpoints import random_model, reference_logits, tokens
+from tests.model_checkpoints import MAX_POSITION, VOCAB_SIZE, random_model, reference_logits, tokens
 from tests.model_driver import DrivenSequence, ModelDriver
 from tests.native_models import isas, native
 
@@ -149,3 +151,21 @@ def test_a_block_size_the_kernels_cannot_read_is_told(tmp_path: Path) -> None:
 
 def test_the_best_instruction_set_is_used_unless_told() -> None:
     assert isas()[0] is Isa.SCALAR
+
+
+@pytest.mark.parametrize(("token", "position"), [(-1, 0), (VOCAB_SIZE, 0), (0, -1), (0, MAX_POSITION)])
+def test_an_id_or_a_position_outside_the_model_is_refused(token: int, position: int, tmp_path: Path) -> None:
+    decoder = native(saved(_ONE, tmp_path))
+    one = np.ones(1, dtype=np.int32)
+    step = RaggedStep(
+        token_ids=one * token,
+        positions=one * position,
+        slots=np.full(1, 16, dtype=np.int64),
+        starts=np.array([0, 1], dtype=np.int32),
+        block_tables=np.ones((1, 40), dtype=np.int32),
+        context_lens=one,
+        logit_rows=one * 0,
+    )
+    kv = torch.zeros((decoder.num_layers, 2, 2, decoder.config.num_kv_heads, 16, decoder.config.head_dim))
+    with pytest.raises(IndexError, match="outside 0 to"):
+        decoder.run(step, kv)

@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def planned(index: int, params: SamplingParams, *, num_output: int = 0, choice: int = 0) -> Scheduled:
     """A sequence whose prompt and output are computed in one step."""
-    prompt = tokens(9 + index, seed=index)
+    prompt = tokens(9 + index % 40, seed=index)
     ids = [*prompt, *tokens(num_output, seed=1000 + index)]
     sequence = Sequence(f"r{index}", params, ids, len(prompt), (choice,), b"root")
     sequence.block_ids = list(range(1 + BLOCKS_EACH * index, 1 + BLOCKS_EACH * (index + 1)))

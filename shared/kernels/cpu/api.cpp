@@ -43,7 +43,11 @@ void* sl_create(const sl_model* model, int32_t num_threads, int32_t isa) {
     if (isa == SL_ISA_AVX2) kernels = avx2_kernels();
     if (isa == SL_ISA_AVX512) kernels = avx512_kernels();
 #endif
-    return new Handle{kernels, kernels.create(model, num_threads)};
+    try {
+        return new Handle{kernels, kernels.create(model, num_threads)};
+    } catch (...) {  // no memory, or no more threads; nothing may be thrown into C
+        return nullptr;
+    }
 }
 
 void sl_destroy(void* engine) {
@@ -54,7 +58,11 @@ void sl_destroy(void* engine) {
 
 int32_t sl_run(void* engine, const sl_step* step) {
     Handle* handle = (Handle*)engine;
-    return handle->kernels.run(handle->engine, step);
+    try {
+        return handle->kernels.run(handle->engine, step);
+    } catch (...) {
+        return -1;
+    }
 }
 
 const float* sl_hidden(void* engine) {
@@ -64,6 +72,10 @@ const float* sl_hidden(void* engine) {
 
 int32_t sl_matmul(void* engine, const sl_matrix* matrix, const float* rows, int32_t num_rows, float* out) {
     Handle* handle = (Handle*)engine;
-    return handle->kernels.matmul(handle->engine, matrix, rows, num_rows, out);
+    try {
+        return handle->kernels.matmul(handle->engine, matrix, rows, num_rows, out);
+    } catch (...) {
+        return -1;
+    }
 }
 }

@@ -10,6 +10,11 @@ namespace SL_NS {
 
 constexpr int MAX_TOKENS = 8;  // rows a tile is computed for at once
 
+// Keeps the compiler from moving loads and regrouping sums over this line. Left alone it loads everything first and adds
+// in trees, runs out of registers and spends most of its time storing and loading: half the speed.
+#define SL_HOLD_LOADS() __asm__ volatile("" ::: "memory")
+#define SL_HOLD(vector) __asm__ volatile("" : "+x"(vector))
+
 struct Half {
     typedef uint16_t type;
     static F16 load(const void* p) { return f_load_half((const uint16_t*)p); }
@@ -56,6 +61,7 @@ inline void dot_q4(const uint8_t* w, const QuantRows& x, int64_t row, int64_t bl
         __m256i sum[T];
         for (int t = 0; t < T; t++) sum[t] = _mm256_setzero_si256();
         for (int j = 0; j < 4; j++) {
+            SL_HOLD_LOADS();
             __m256i packed = _mm256_loadu_si256((const __m256i*)(w + 64 * j + 32 * half));
             __m256i a = _mm256_and_si256(packed, mask), b = _mm256_and_si256(_mm256_srli_epi16(packed, 4), mask);
             for (int t = 0; t < T; t++) {
@@ -66,6 +72,7 @@ inline void dot_q4(const uint8_t* w, const QuantRows& x, int64_t row, int64_t bl
                 // 8 sums of two products of at most 15 * 127 each stay below 2^15.
                 sum[t] = _mm256_add_epi16(sum[t], _mm256_maddubs_epi16(a, _mm256_set1_epi32(first)));
                 sum[t] = _mm256_add_epi16(sum[t], _mm256_maddubs_epi16(b, _mm256_set1_epi32(second)));
+                SL_HOLD(sum[t]);
             }
         }
         for (int t = 0; t < T; t++) {

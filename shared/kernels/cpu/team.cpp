@@ -38,13 +38,21 @@ void wake_all(std::atomic<uint32_t>& word) {
 }  // namespace
 
 Team::Team(int num_threads, int max_stages) : size_(num_threads), counters_(max_stages) {
-    for (int i = 1; i < size_; i++) threads_.emplace_back([this, i] { serve(i); });
+    try {
+        for (int i = 1; i < size_; i++) threads_.emplace_back([this, i] { serve(i); });
+    } catch (...) {  // the system has no more threads to give
+        stop();
+        throw;
+    }
 }
 
-Team::~Team() {
+Team::~Team() { stop(); }
+
+void Team::stop() {
     stopping_ = true;
     advance(epoch_);
     for (std::thread& thread : threads_) thread.join();
+    threads_.clear();
 }
 
 void Team::run(const std::function<void(Member&)>& program) {

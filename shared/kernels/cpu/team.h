@@ -52,6 +52,7 @@ class Team {
     };
 
     void meet();
+    void stop();
     void serve(int index);
     static void await_change(Word& word, uint32_t seen, int spins);
     static void advance(Word& word);
