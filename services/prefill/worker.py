@@ -271,7 +271,9 @@ class PrefillService:
 
     async def _offer(self, handling: Handling) -> None:
         blob = OfferBlob(len(handling.sequence.tokens), self._exporter.address)
-        if isinstance(await self._context.store.offer(handling.lease, blob.pack()), Refused):
+        store, job = self._context.store, handling.job
+        private = job.decode_stream if store.keys.is_private(job.decode_stream, job.model) else ""
+        if isinstance(await store.offer(handling.lease, blob.pack(), private), Refused):
             raise Dropped("offer refused")
         handling.offered = True
         faultpoints.fault_point("prefill.offered")

@@ -9,6 +9,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from shared.protocol.keys import Keys
+from shared.tasks import heed_cancellation
 
 log = structlog.get_logger()
 
@@ -40,6 +41,7 @@ class DrainOrders:
                     await self.forget(process_id)
             except (RedisError, OSError) as error:
                 log.warning("drain_order_not_read", error=type(error).__name__)
+            heed_cancellation()
             await asyncio.sleep(interval_s)
 
     async def forget(self, process_id: str) -> None:

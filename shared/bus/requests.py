@@ -54,6 +54,8 @@ DONE_TTL_MS = 60_000
 MAX_DEATHS = 2
 MAX_KILLS = 8
 MAX_BOUNCES = 5
+PRIVATE_TTL_MS = 30_000
+"""How long a stream that one worker alone reads outlives it."""
 APPENDS_A_CALL = 64
 
 SCRIPTS = (
@@ -121,9 +123,15 @@ class RequestStore:
         lease = Lease(request_id, epoch, owner, stream, entry_id)
         return Begun(lease, decode(Job, job), _entries(log), _remaining(remaining), deaths)
 
-    async def offer(self, lease: Lease, address: bytes) -> str | Refused:
-        """Put the hand-off on the decode stream; `address` tells the puller where. Answers the entry's id."""
+    async def offer(self, lease: Lease, address: bytes, private_stream: str = "") -> str | Refused:
+        """Put the hand-off on the decode stream; `address` tells the puller where. Answers the entry's id.
+
+        `private_stream`: the decode stream, when one worker alone reads it. The worker may be gone, and an offer that
+        makes the stream anew must not make it for ever.
+        """
         reply = await self._run("offer", lease.request_id, [lease.epoch, lease.owner, lease.nonce, address])
+        if private_stream:
+            await self._client.pexpire(private_stream, PRIVATE_TTL_MS, nx=True)
         return reply[1].decode() if reply[0] == b"offered" else Refused()
 
     async def take(self, stream: str, entry_id: str, request_id: str) -> Offer | Stale:

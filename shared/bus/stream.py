@@ -139,13 +139,13 @@ class RequestStreams:
             polled = await self._store.poll(request_id, self._gateway)
         except (RedisError, OSError) as error:
             raise BusUnavailable(f"Redis did not answer: {type(error).__name__}") from error
-        if polled is not None:
-            return standing(after, polled.entries, num_choices)
+        found = None if polled is None else standing(after, polled.entries, num_choices)
         handle = self._handles.get(request_id)
-        if handle is None:
-            return None
+        if handle is None or found is Standing.KNOWN:
+            return found
+        # Redis lost it, or what came before a resubmission; this gateway remembers what it gave out.
         is_there = any(position == after for position, _ in handle.delivery.history)
-        return Standing.KNOWN if is_there else Standing.LOST
+        return Standing.KNOWN if is_there else found or Standing.LOST
 
     async def attach(
         self, request_id: str, *, detachable: bool = False, restore: Restore | None = None

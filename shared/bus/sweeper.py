@@ -112,9 +112,15 @@ class Sweeper:
         if now - self._own_checked >= OWN_EVERY_S or self._strays:
             self._own_checked = now
             await self._sweep_own()
-        if now - self._healthy_since >= self._registry.beat_ttl_ms / 1000:
+        if self._is_healthy(now):
             await self._sweep_dead()
+        if self._is_healthy(now):
             await self._cancel_orphans(now)
+
+    def _is_healthy(self, now: float) -> bool:
+        """Whether we were undisturbed for as long as a heartbeat lives. A wait for Redis may have ended that."""
+        since = self._healthy_since
+        return since is not None and now - since >= self._registry.beat_ttl_ms / 1000
 
     async def _sweep_own(self) -> None:
         """Entries delivered to us that we do not work on, seen twice: a reply that was lost."""
@@ -136,7 +142,7 @@ class Sweeper:
             dead |= {(stream, name) for name in await self._registry.dead_workers(names - {self._queue.consumer})}
         for stream, name in dead & self._suspects:
             await self._sweep_consumer(stream, name)
-        self._suspects = dead
+        self._suspects = dead if self._healthy_since is not None else set()
 
     async def _consumers(self, stream: str) -> set[str]:
         try:

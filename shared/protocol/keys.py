@@ -56,6 +56,10 @@ class Keys:
         """Stream that one worker alone reads; expires with its heartbeat (`WorkQueue.refresh_private`)."""
         return self.work(role, f"{model}@{_checked(worker_id)}")
 
+    def is_private(self, stream: str, model: str) -> bool:
+        """Whether this work stream of a model is one worker's own."""
+        return any(stream.startswith(self.work(role, f"{model}@")) for role in ROLES)
+
     def request(self, request_id: str) -> str:
         return f"{self.prefix}req:{_checked(request_id)}"
 

@@ -17,7 +17,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack
 import structlog
 from redis.exceptions import RedisError
 
-from shared.bus.requests import RequestStore
+from shared.bus.requests import PRIVATE_TTL_MS, RequestStore
 from shared.bus.sweeper import InFlight, Sweeper
 from shared.bus.workqueue import WorkItem, WorkQueue
 from shared.config import Settings
@@ -36,7 +36,6 @@ from shared.worker.watchdog import Watchdog
 log = structlog.get_logger()
 
 READ_BLOCK_MS = 500
-PRIVATE_TTL_MS = 30_000
 _NO_ROOM_WAIT_S = 0.05
 _REDIS_PAUSE_S = 0.5
 

@@ -43,6 +43,7 @@ class Record:
     refusals: int = 0
     breaks: list[str] = field(default_factory=list)
     posts: int = 0
+    restarts: int = 0
     error: str = ""
     ended: float = 0.0
     usage: dict[str, Any] = field(default_factory=dict)
@@ -60,6 +61,12 @@ class Record:
         """How often it went on elsewhere after its connection broke."""
         return len(self.breaks)
 
+    def begins_again(self) -> None:
+        """The answer is read from its beginning; what came before counts for nothing."""
+        self.restarts += 1
+        self.answer.clear()
+        self.events.clear()
+
     @property
     def first_event_s(self) -> float | None:
         return self.events[0][1] - self.started if self.events else None
@@ -71,6 +78,10 @@ class Refused(Exception):
 
 class Broken(Exception):
     """The answer stopped before its end; the request may go on."""
+
+
+class PositionLost(Exception):
+    """Redis lost what the client had read, and the gateway it comes to never had it."""
 
 
 class Failed(Exception):
@@ -104,6 +115,9 @@ class Client:
                 record.error = f"{type(broken).__name__}: {broken}"
                 record.breaks.append(f"{record.gateways[-1]} after event {record.last_id or 'none'}: {record.error}")
                 await asyncio.sleep(PAUSE_S)
+            except PositionLost as lost:  # what a client is told to do then: read from the beginning
+                record.breaks.append(str(lost))
+                record.begins_again()
             except Failed as failure:
                 record.error = "; ".join([*record.breaks, str(failure)])
                 record.ends.append(FAILED)
@@ -116,8 +130,8 @@ class Client:
         timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=2.0, sock_read=SILENCE_S if record.spec.stream else 60.0
         )
-        if record.spec.stream and record.last_id:
-            headers = {"Last-Event-ID": record.last_id}
+        if record.spec.stream and (record.last_id or record.restarts):
+            headers = {"Last-Event-ID": record.last_id} if record.last_id else {}
             request = self._http.get(f"{url}/v1/streams/{record.response_id}", headers=headers, timeout=timeout)
         else:
             record.posts += 1
@@ -176,6 +190,8 @@ async def _check(response: aiohttp.ClientResponse) -> None:
     text = (await response.text())[:300]
     if response.status in (429, 503):
         raise Refused(text)
+    if response.status == 409 and "resume_position_lost" in text:
+        raise PositionLost(text)
     raise Failed(f"{response.status} {text}")
 
 

@@ -17,6 +17,7 @@ from shared.bus.registry import Registry
 from shared.errors import ConfigurationError
 from shared.protocol.keys import Keys
 from shared.protocol.messages import WorkerBeat
+from shared.tasks import end_tasks
 
 WAIT_S = 15.0
 
@@ -58,9 +59,7 @@ class Site:
         return [name for name in self._running if name.endswith("-again")]
 
     async def close(self) -> None:
-        for task in self._running.values():
-            task.cancel()
-        await asyncio.gather(*self._running.values(), return_exceptions=True)
+        await end_tasks(self._running.values())
 
 
 @asynccontextmanager

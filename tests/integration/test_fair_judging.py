@@ -135,3 +135,24 @@ async def test_a_server_that_stands_still_makes_nobody_dead(server: EmbeddedServ
     for _ in range(5):
         await judge.tick()
     assert (await bench.store.touch(lease)).owner
+
+
+async def test_a_judge_disturbed_in_the_middle_of_its_round_judges_nobody(bench: Bench) -> None:
+    """Its heartbeat fails while it waits for Redis: the round ends without a verdict and without an error."""
+    lease = await bench.committed()
+    judge = Judge(bench)
+    for _ in range(8):
+        await judge.tick()
+        if not (await bench.store.touch(lease)).owner:
+            break
+        judge.sweeper._own_checked = -1e9  # so that each round looks at its own entries first
+        genuine = judge.sweeper._sweep_own
+
+        async def disturbed() -> None:
+            judge.sweeper.disturbed()
+
+        judge.sweeper._sweep_own = disturbed  # type: ignore[method-assign]
+        await judge.tick()
+        judge.sweeper._sweep_own = genuine  # type: ignore[method-assign]
+    assert (await bench.store.touch(lease)).owner
+    assert judge.sweeper.counters.dead_workers == 0

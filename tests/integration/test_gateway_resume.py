@@ -275,6 +275,21 @@ async def test_a_position_that_redis_lost_is_refused_and_the_whole_can_be_read(r
         assert told((await second.resume(reader.response_id))[1])[0]["text"] == TEXT
 
 
+async def test_a_position_that_redis_lost_is_known_where_it_was_given_out(redis_url: str, deployment: str) -> None:
+    """The connection breaks after Redis forgot everything, and the client comes back to the same gateway."""
+    async with rig(redis_url, deployment, answer) as it:
+        it.worker.gate.clear()
+        it.worker.pause_at = 5
+        async with reading(it, CHAT, {"messages": MESSAGES}) as reader:
+            await reader.read(4)
+            store, request_id = it.worker.store, it.worker.jobs[0].request_id
+            await store._client.delete(store.keys.request(request_id), store.keys.log(request_id))
+            await eventually(lambda: it.gateway.streams.counters.resubmits == 1, "it is submitted again")  # type: ignore[attr-defined]
+            it.worker.gate.set()
+            _, rest = await it.resume(reader.response_id, after=reader.ids[-1])
+            assert told([*reader.events, *rest])[0]["text"] == TEXT
+
+
 async def test_what_redis_forgot_can_be_joined_and_read_elsewhere_again(redis_url: str, deployment: str) -> None:
     async with pair(redis_url, deployment, answer) as (first, second):
         first.worker.gate.clear()
