@@ -99,8 +99,8 @@ def finished_a_second(replies: Sequence[Reply], began: float, ended: float) -> f
     return sum(reply.status == 200 and began <= reply.ended <= ended for reply in replies) / (ended - began)
 
 
-async def run(seconds: float, seed: int, folder: Path) -> dict[str, Any]:
-    """Calibrate, overload, judge."""
+async def run(seconds: float, seed: int, folder: Path, least_rate: float = 0.0) -> dict[str, Any]:
+    """Calibrate, overload, judge. `least_rate`: requests a second offered at least, where the calibration is short."""
     model = write_tiny_model(folder / "models" / NAME)
     async with (
         FaultCluster(folder / "cluster", str(model), Topology(settings=_SETTINGS)) as cluster,
@@ -115,7 +115,7 @@ async def run(seconds: float, seed: int, folder: Path) -> dict[str, Any]:
             await calibration.closed_loop(2 * _PLACES, seconds)
             peak = finished_a_second(calibration.replies, began, began + seconds)
         began = time.monotonic()
-        await overload.open_loop(FACTOR * peak, seconds)
+        await overload.open_loop(max(FACTOR * peak, least_rate), seconds)
         goodput = finished_a_second(overload.replies, began + min(1.0, seconds / 4), began + seconds)
         return judge(overload.replies, peak, goodput)
 

@@ -87,8 +87,8 @@ def test_aborts_at_every_state_give_all_blocks_back(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_overload_is_refused_with_advice(tmp_path: Path) -> None:
-    """How fast is for the long run on a quiet machine to say."""
-    one = asyncio.run(overload.run(3.0, 1, tmp_path))
+    """How fast is for the long run on a quiet machine to say; a busy one may look slow, and is offered plenty."""
+    one = asyncio.run(overload.run(3.0, 1, tmp_path, least_rate=60.0))
     timing = ("p99", "goodput")
     assert [violation for violation in one["violations"] if not violation.startswith(timing)] == []
     assert one["refused"] > 0
