@@ -175,9 +175,9 @@ async def test_a_requests_own_timeout_ends_its_work(redis_url: str, deployment: 
     async with rig(redis_url, deployment) as it:
         it.worker.gate.clear()
         body = BODY if path == CHAT else {"prompt": "Hello", "max_tokens": 4}
-        status, answer, _ = await it.post(path, {**body, "timeout": 0.3})
+        status, answer, _ = await it.post(path, {**body, "timeout": 2})  # a cold gateway may take most of a second
         assert (status, answer["error"]["code"]) == (504, "deadline_exceeded")
-        assert 0 < it.worker.jobs[0].budget_ms <= 300
+        assert 0 < it.worker.jobs[0].budget_ms <= 2000
 
 
 async def test_a_timeout_never_lengthens_the_servers_own(redis_url: str, deployment: str) -> None:
