@@ -19,9 +19,13 @@ def gather(cache: KVCache, part: Part, block_ids: Sequence[int]) -> torch.Tensor
     """Bytes of `part`, which lies in the pool's `block_ids`, as a host copy `uint8 [part.num_bytes]`."""
     layers = cache.data[part.layer_start : part.layer_stop]
     picked = layers.index_select(1, torch.tensor(block_ids, device=layers.device))
-    keys, values = _sides(picked, cache.layout, part.slots)
-    flat = torch.stack((keys.flatten(2), values.flatten(2)), dim=2).cpu()
-    return flat.view(-1).view(torch.uint8)
+    return flatten(picked, cache.layout, part.slots).cpu()
+
+
+def flatten(blocks: torch.Tensor, layout: KVLayout, slots: int) -> torch.Tensor:
+    """`uint8` bytes in flat order of blocks [layer, block, k|v, kv_head, slot, head_dim], contiguous."""
+    keys, values = _sides(blocks, layout, slots)
+    return torch.stack((keys.flatten(2), values.flatten(2)), dim=2).view(-1).view(torch.uint8)
 
 
 def scatter(cache: KVCache, part: Part, block_ids: Sequence[int], content: torch.Tensor) -> None:

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 
 from shared.errors import TransferError
-from shared.kv.cache import KVCache
+from shared.kv.cache import TORCH_DTYPES, KVCache
 from shared.kv.layout import KVLayout
 from shared.kv.pool_file import is_pool_path
 from shared.transfer.base import REASON_MALFORMED, Part, RouteInfo
+from shared.transfer.blocks import flatten
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _ID_BYTES = 4
@@ -68,6 +69,7 @@ class SharedMemoryRoute:
     """A read-only map of one peer's pool, for one pull."""
 
     def __init__(self, layout: KVLayout, num_blocks: int, memory: mmap.mmap) -> None:
+        self._layout = layout
         self._num_blocks = num_blocks
         self._memory: mmap.mmap | None = memory
         slot_bytes = layout.bytes_per_token // (layout.num_layers * 2 * layout.num_kv_heads)
@@ -82,7 +84,8 @@ class SharedMemoryRoute:
         if block_ids.size != part.num_blocks or block_ids.max() >= self._num_blocks:
             raise TransferError(REASON_MALFORMED, "a frame names blocks outside the peer's pool")
         picked = self._pool[part.layer_start : part.layer_stop].take(block_ids, axis=1)
-        return torch.from_numpy(np.ascontiguousarray(picked[..., : part.slots, :]).reshape(-1))
+        blocks = torch.from_numpy(picked).view(TORCH_DTYPES[self._layout.dtype])
+        return flatten(blocks, self._layout, part.slots)
 
     def close(self) -> None:
         if self._memory is not None:
