@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -23,7 +24,15 @@ from tests.invariance_checks import (
     check_mixed_steps,
     same_bits,
 )
-from tests.model_checkpoints import MAX_POSITION, VOCAB_SIZE, random_model, reference_logits, tokens
+from tests.model_checkpoints import (
+    MAX_POSITION,
+    VOCAB_SIZE,
+    llama_gguf_tensors,
+    random_model,
+    reference_logits,
+    tokens,
+    write_llama_gguf,
+)
 from tests.model_driver import DrivenSequence, ModelDriver
 from tests.native_models import isas, native
 
@@ -169,3 +178,19 @@ def test_an_id_or_a_position_outside_the_model_is_refused(token: int, position: 
     kv = torch.zeros((decoder.num_layers, 2, 2, decoder.config.num_kv_heads, 16, decoder.config.head_dim))
     with pytest.raises(IndexError, match="outside 0 to"):
         decoder.run(step, kv)
+
+
+def test_kinds_may_differ_between_the_parts_and_layers_of_a_file(tmp_path: Path) -> None:
+    """As in files of mixed quantisation: dense beside quantised, in one layer and from layer to layer."""
+    model = random_model("LlamaForCausalLM", heads=6, kv_heads=2, hidden_size=96, intermediate_size=96)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    tensors = llama_gguf_tensors(model.state_dict(), model.config)
+    names = ("blk.0.attn_v.weight", "blk.1.attn_q.weight", "blk.0.ffn_down.weight", "blk.1.attn_output.weight")
+    stored = {name: (gguf.quants.quantize(tensors[name], kind), kind) for name in names}
+    path = tmp_path / "mixed.gguf"
+    write_llama_gguf(path, model, quantised=stored)
+    prompt = tokens(80)
+    exact = ModelDriver(load(resolve(str(path)), "cpu", "float32")).logits([(DrivenSequence(), prompt)])[0]
+    found = [ModelDriver(native(path, isa=isa, threads=2)).logits([(DrivenSequence(), prompt)])[0] for isa in isas()]
+    assert ((found[0] - exact).std() / exact.std()).item() < 0.05  # the activations of four products are rounded
+    assert all(same_bits(other, found[0]) for other in found[1:])

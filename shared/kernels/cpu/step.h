@@ -80,6 +80,7 @@ class Engine {
         group_ = m_.num_heads / m_.num_kv_heads;
         attention_size_ = m_.num_heads * m_.head_dim;
         qkv_size_ = (m_.num_heads + 2 * m_.num_kv_heads) * m_.head_dim;
+        for (int i = 0; i < m_.num_layers; i++) has_dense_out_ |= is_dense(m_.layers[i].out.kind);
     }
 
     int run(const sl_step& step) {
@@ -113,8 +114,8 @@ class Engine {
         normed_ = normed_buffer_.floats(most * m_.hidden_size);
         fused_ = fused_buffer_.floats(larger(rows * qkv_size_, logit_rows * m_.hidden_size));
         attended_ = attended_buffer_.floats(rows * attention_size_);
-        inner_ = is_dense(m_.layers[0].out.kind) ? inner_buffer_.floats(rows * inner) : nullptr;
-        if (!hidden_ || !normed_ || !fused_ || !attended_ || (is_dense(m_.layers[0].out.kind) && !inner_)) return false;
+        inner_ = has_dense_out_ ? inner_buffer_.floats(rows * inner) : nullptr;
+        if (!hidden_ || !normed_ || !fused_ || !attended_ || (has_dense_out_ && !inner_)) return false;
         if (!input_rows_.take(most, larger(m_.hidden_size, attention_size_)) || !inner_rows_.take(rows, inner)) return false;
         plan_attention();
         if (num_partials_) {
@@ -161,13 +162,15 @@ class Engine {
         embed(me);
         for (int i = 0; i < m_.num_layers; i++) {
             const sl_layer& layer = m_.layers[i];
-            normalise_rows(me, layer.attn_norm, layer.qkv[0].kind);
+            bool is_quantised = false;  // in any part
+            for (int part = 0; part < layer.num_qkv; part++) is_quantised |= !is_dense(layer.qkv[part].kind);
+            normalise_rows(me, layer.attn_norm, is_quantised);
             project(me, layer);
             append(me, layer, i);
             attend(me, i);
             quantise_attended(me, layer.attn_out.kind);
             multiply_onto(me, layer.attn_out, Rows{input_rows_.rows(), attended_, attention_size_});
-            normalise_rows(me, layer.mlp_norm, layer.into.kind);
+            normalise_rows(me, layer.mlp_norm, !is_dense(layer.into.kind));
             feed_forward(me, layer);
             multiply_onto(me, layer.out, Rows{inner_rows_.rows(), inner_, layer.out.num_in});
         }
@@ -184,12 +187,12 @@ class Engine {
         });
     }
 
-    // The normed rows are floats or quantised, whichever the next matrix reads.
-    void normalise_rows(Team::Member& me, const sl_norm_weights& weights, int kind) {
+    // The normed rows as floats, and quantised where a matrix that comes next reads them so.
+    void normalise_rows(Team::Member& me, const sl_norm_weights& weights, bool is_quantised) {
         team_.each(me, s_->num_tokens, [&](int64_t row) {
             float* out = normed_ + row * m_.hidden_size;
             normalise(hidden_ + row * m_.hidden_size, weights, m_.norm, m_.norm_eps, m_.hidden_size, out);
-            if (!is_dense(kind)) quantise(out, input_rows_.rows(), row, 0, m_.hidden_size);
+            if (is_quantised) quantise(out, input_rows_.rows(), row, 0, m_.hidden_size);
         });
     }
 
@@ -430,6 +433,7 @@ class Engine {
     float *partial_acc_ = nullptr, *partial_top_ = nullptr, *partial_total_ = nullptr;
     std::vector<AttentionItem> items_;
     int64_t num_partials_ = 0;
+    bool has_dense_out_ = false;  // in any layer: files mix kinds
 };
 
 }  // namespace SL_NS
