@@ -71,7 +71,7 @@ def prompts_of(source: ModelSource, questions: tuple[str, ...]) -> list[list[int
 
 def our_answers(source: ModelSource, prompts: list[list[int]], length: int) -> list[list[int]]:
     """Greedy tokens from the engine, all prompts together."""
-    settings = EngineSettings(kv_cache_tokens=8192, max_num_seqs=32)
+    settings = EngineSettings(kernels="torch", kv_cache_tokens=8192, max_num_seqs=32)
     built = build_engine(source, settings, prefill_share=1.0, shared_cache=False)
     params = SamplingParams(max_tokens=length, seed=0, temperature=0.0)
     sequences = [Sequence(str(i), params, list(ids), len(ids), (0,), b"") for i, ids in enumerate(prompts)]

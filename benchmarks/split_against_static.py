@@ -35,7 +35,8 @@ MODES = {"slipstream": [], "slipstream-not-invariant": ["--no-batch-invariant"]}
 @contextmanager
 def served(flags: list[str]) -> Iterator[str]:
     """A running `slipstream serve smollm2`; yields its URL."""
-    command = [sys.executable, "-m", "services.cli", "serve", "smollm2", "--port", str(PORT), *flags]
+    command = [sys.executable, "-m", "services.cli", "serve", "smollm2", "--kernels", "torch"]
+    command += ["--port", str(PORT), *flags]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{PORT}"
     try:
