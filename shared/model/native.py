@@ -79,11 +79,6 @@ class NativeDecoder:
     def num_layers(self) -> int:
         return int(self._model.num_layers)
 
-    @property
-    def num_bytes(self) -> int:
-        """Resident size of the weights."""
-        return self._weights.num_bytes
-
     def truncated(self, num_layers: int) -> NativeDecoder:
         """The same decoder with its first layers only, sharing all weights."""
         shorter = copy.copy(self)

@@ -44,10 +44,6 @@ class NativeWeights:
         self._memory = memory
         self._layers = layers
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(array.nbytes for array in self._memory)
-
 
 class NativeLoader:
     """Reads one checkpoint; reports the share of layers done to `progress`."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from shared.kernels.packing import TILE
 from shared.model.config import ModelConfig
 from shared.model.weight_names import WeightNames
 
 Int64 = npt.NDArray[np.int64]
-
-_TILE = 16
 
 
 def rotary_order(config: ModelConfig, names: WeightNames) -> Int64:
@@ -36,4 +35,4 @@ def qkv_order(config: ModelConfig, names: WeightNames) -> Int64:
 
 def gate_and_up_order(size: int) -> Int64:
     """16 rows of gate and 16 rows of up in turn, from gate above up, each `size` rows."""
-    return np.arange(2 * size).reshape(2, size // _TILE, _TILE).transpose(1, 0, 2).reshape(-1)
+    return np.arange(2 * size).reshape(2, size // TILE, TILE).transpose(1, 0, 2).reshape(-1)
