@@ -5,7 +5,7 @@ Quantised tensors of GGUF files keep every value: their quants, scales and minim
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 U8 = npt.NDArray[np.uint8]
 F32 = npt.NDArray[np.float32]
+Array = npt.NDArray[np.generic]
 
 TILE = 16
 INPUT_PAD = 32
@@ -63,9 +64,9 @@ class Matrix:
     """
 
     kind: Kind
-    quants: npt.NDArray[np.generic]
-    scales: npt.NDArray[np.generic] | None = None
-    minima: npt.NDArray[np.generic] | None = None
+    quants: Array
+    scales: Array | None = None
+    minima: Array | None = None
 
     @property
     def num_out(self) -> int:
@@ -90,7 +91,7 @@ class Matrix:
         scaled = self._each(lambda part: np.pad(part, ((0, more_out), (0, more))) if part is not self.quants else part)
         return replace(scaled, quants=quants)
 
-    def _each(self, change) -> Matrix:  # type: ignore[no-untyped-def]
+    def _each(self, change: Callable[[Array], Array]) -> Matrix:
         scales = None if self.scales is None else change(self.scales)
         minima = None if self.minima is None else change(self.minima)
         return Matrix(self.kind, change(self.quants), scales, minima)
@@ -98,13 +99,11 @@ class Matrix:
 
 def concatenate(parts: Sequence[Matrix]) -> Matrix:
     """Matrices of one kind below each other."""
-    first = parts[0]
-
-    def joined(name: str):  # type: ignore[no-untyped-def]
-        arrays = [getattr(part, name) for part in parts]
-        return None if arrays[0] is None else np.concatenate(arrays)
-
-    return Matrix(first.kind, joined("quants"), joined("scales"), joined("minima"))
+    scales, minima = (
+        np.concatenate(present) if (present := [array for array in arrays if array is not None]) else None
+        for arrays in ([part.scales for part in parts], [part.minima for part in parts])
+    )
+    return Matrix(parts[0].kind, np.concatenate([part.quants for part in parts]), scales, minima)
 
 
 def dense(values: F32) -> Matrix:
@@ -159,9 +158,7 @@ def pack(matrix: Matrix) -> U8:
     blocks = matrix.num_in // fmt.inputs
     per_row = fmt.inputs * fmt.bits // 8
     quants = matrix.quants.reshape(tiles, TILE, blocks, per_row // 4, 4).transpose(0, 2, 3, 1, 4)
-    parts = [_by_block(matrix.scales, tiles, fmt)]
-    if fmt.has_min:
-        parts.append(_by_block(matrix.minima, tiles, fmt))
+    parts = [_by_block(part, tiles, fmt) for part in (matrix.scales, matrix.minima) if part is not None]
     head = sum(part.shape[-1] for part in parts)
     out = _empty(tiles * blocks * (head + TILE * per_row)).reshape(tiles, blocks, -1)
     for index, part in enumerate(parts):
@@ -170,8 +167,8 @@ def pack(matrix: Matrix) -> U8:
     return out.reshape(-1)
 
 
-def _by_block(values, tiles: int, fmt: Format) -> U8:  # type: ignore[no-untyped-def]
-    ordered = values.astype(fmt.scale).reshape(tiles, TILE, -1).transpose(0, 2, 1)
+def _by_block(values: Array, tiles: int, fmt: Format) -> U8:
+    ordered: Array = values.astype(fmt.scale).reshape(tiles, TILE, -1).transpose(0, 2, 1)
     return np.ascontiguousarray(ordered).view(np.uint8)
 
 
@@ -181,7 +178,7 @@ def _empty(num_bytes: int) -> U8:
     return memory[start : start + num_bytes]
 
 
-def _aligned(array: npt.NDArray[np.generic]) -> U8:
+def _aligned(array: Array) -> U8:
     out = _empty(array.size * array.itemsize)
     out.view(array.dtype).reshape(array.shape)[...] = array
     return out

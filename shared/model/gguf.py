@@ -117,7 +117,9 @@ class GGUFFile:
         return from_gguf(TENSOR_TYPES[info.type_id].name, self._raw(name), info.shape) if len(info.shape) == 2 else None
 
     def _raw(self, name: str) -> npt.NDArray[np.uint8]:
+        """A view into the mapping. Pages read before are let go: kept, they would double the memory of loading."""
         info = self.header.tensors[name]
+        self._data.madvise(mmap.MADV_DONTNEED)
         return np.frombuffer(self._data, dtype=np.uint8, count=info.num_bytes, offset=info.start)
 
 

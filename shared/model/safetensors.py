@@ -9,7 +9,7 @@ import json
 import math
 import struct
 from pathlib import Path
-from typing import Any, NoReturn, TypeGuard
+from typing import NoReturn, TypeGuard
 
 import numpy as np
 import torch
@@ -34,7 +34,6 @@ class SafetensorsFolder:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
         self._file_of: dict[str, Path] = {}
-        self._open: dict[Path, Any] = {}
         for path, indexed in weight_files(folder).items():
             found = read_tensor_index(path)
             for name in found if indexed is None else indexed:
@@ -44,14 +43,16 @@ class SafetensorsFolder:
                 self._file_of[name] = path
 
     def read(self, name: str) -> Tensor:
-        """One tensor as stored (float32, float16 or bfloat16). KeyError if there is none of this name."""
+        """One tensor as stored (float32, float16 or bfloat16). KeyError if there is none of this name.
+
+        The file is mapped anew for each, so that the pages of those read before do not stay in memory.
+        """
         path = self._file_of[name]
         if self._dtypes[name] not in _WEIGHT_DTYPES:
             known = ", ".join(_WEIGHT_DTYPES)
             raise ModelFormatError(f"{path}: tensor {name!r} is {self._dtypes[name]}; weights must be one of {known}.")
-        if path not in self._open:
-            self._open[path] = safe_open(path, framework="pt")
-        tensor: Tensor = self._open[path].get_tensor(name)
+        with safe_open(path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
         return tensor
 
     def matrix(self, name: str) -> Matrix | None:
