@@ -1,9 +1,5 @@
 // The C interface: picks the instruction set and hands calls on.
-#include "library.h"
-
-#define SL_LEVEL 0
-#define SL_NS api_unused
-#include "step.h"
+#include "kernels.h"
 
 using slipstream::Kernels;
 

@@ -1,0 +1,143 @@
+// The attention of a layer: rotate and append, attend over the cache, merge.
+#pragma once
+
+#include "work.h"
+
+namespace SL_NS {
+
+constexpr int MAX_HEAD_DIM = 256;
+
+class Attending {
+  public:
+    Attending(const Work& work, const sl_layer& layer, int index)
+        : work_(work), m_(work.model), s_(work.step), a_(work.arrays), layer_(layer), index_(index), group_(work.shape.group) {}
+
+    // Rotate queries and keys, then write keys and values into the cache.
+    void append(Team::Member& me) const {
+        work_.team.each(me, s_.num_tokens, [&](int64_t row) {
+            float* heads = a_.qkv + row * work_.shape.qkv_size;
+            for (int head = 0; head < m_.num_heads + m_.num_kv_heads; head++) turn(heads + head * m_.head_dim, head, row);
+            const float* keys = heads + work_.shape.attention_size;
+            for (int head = 0; head < m_.num_kv_heads; head++)
+                write(row, head, keys + head * m_.head_dim, keys + (m_.num_kv_heads + head) * m_.head_dim);
+        });
+    }
+
+    void attend(Team::Member& me) const {
+        const auto& items = work_.plan.items();
+        work_.team.each(me, (int64_t)items.size(), [&](int64_t i) {
+            if (m_.kv_dtype == SL_KV_BF16)
+                attend_item<true>(items[i]);
+            else
+                attend_item<false>(items[i]);
+        });
+    }
+
+    // Merge partial results where splits were given to several threads, then quantise.
+    void quantise_attended(Team::Member& me) const {
+        if (work_.plan.num_partials()) {
+            const auto& items = work_.plan.items();
+            work_.team.each(me, (int64_t)items.size(), [&](int64_t i) {
+                bool is_first = i == 0 || items[i - 1].kv_head != items[i].kv_head || items[i - 1].token != items[i].token;
+                if (is_first && items[i].partial >= 0) merge_item(items[i]);
+            });
+        }
+        if (is_dense(layer_.attn_out.kind)) return;
+        const int64_t size = work_.shape.attention_size;
+        work_.team.each(me, s_.num_tokens, [&](int64_t row) { quantise(a_.attended + row * size, a_.input, row, 0, size); });
+    }
+
+  private:
+    // Norm, rotation and scale of one head of queries or keys, in place.
+    void turn(float* at, int head, int64_t row) const {
+        const float* norm = head < m_.num_heads ? layer_.q_norm : layer_.k_norm;
+        if (norm) normalise(at, sl_norm_weights{norm, nullptr}, SL_NORM_RMS, m_.norm_eps, m_.head_dim, at);
+        if (m_.rotations) rotate(at, m_.rotations + (int64_t)s_.positions[row] * m_.head_dim, m_.head_dim);
+        if (head < m_.num_heads)
+            for (int d = 0; d < m_.head_dim; d++) at[d] *= m_.attention_scale;
+    }
+
+    // One head's key and value into the row's slot of the cache.
+    void write(int64_t row, int head, const float* key, const float* value) const {
+        int64_t block = s_.slots[row] / m_.block_size, slot = s_.slots[row] % m_.block_size;
+        int64_t k = kv_at(m_, s_.num_blocks, index_, block, 0, head) + slot;
+        int64_t v = kv_at(m_, s_.num_blocks, index_, block, 1, head) + slot * m_.head_dim;
+        for (int d = 0; d < m_.head_dim; d++) {
+            put(k + (int64_t)d * m_.block_size, key[d]);
+            put(v + d, value[d]);
+        }
+    }
+
+    void put(int64_t at, float value) const {
+        if (m_.kv_dtype == SL_KV_BF16)
+            ((uint16_t*)s_.kv)[at] = to_bf16(value);
+        else
+            ((float*)s_.kv)[at] = value;
+    }
+
+    template <bool BF16>
+    void attend_item(const AttentionItem& item) const {
+        const int hd = m_.head_dim, rows = item.count * group_;
+        constexpr int64_t width = BF16 ? 2 : 4;
+        const char* base = (const char*)s_.kv;
+        KvView kv{base + width * kv_at(m_, s_.num_blocks, index_, 0, 0, item.kv_head),
+                  base + width * kv_at(m_, s_.num_blocks, index_, 0, 1, item.kv_head),
+                  (int64_t)2 * m_.num_kv_heads * m_.block_size * hd, m_.block_size, hd, BF16};
+        float queries[MAX_QUERY_ROWS * MAX_HEAD_DIM], acc[MAX_QUERY_ROWS * MAX_HEAD_DIM];
+        float tops[MAX_QUERY_ROWS], totals[MAX_QUERY_ROWS];
+        int32_t positions[MAX_QUERY_ROWS];
+        for (int r = 0; r < rows; r++) {
+            int64_t token = item.token + r / group_, head = item.kv_head * group_ + r % group_;
+            std::memcpy(queries + r * hd, a_.qkv + token * work_.shape.qkv_size + head * hd, sizeof(float) * hd);
+            positions[r] = s_.positions[token];
+        }
+        QueryTile tile{queries, positions, rows, m_.sliding_window};
+        const int32_t* table = s_.block_tables + (int64_t)item.seq * s_.table_width;
+        int last = positions[rows - 1];
+        float result[MAX_QUERY_ROWS * MAX_HEAD_DIM], result_top[MAX_QUERY_ROWS], result_total[MAX_QUERY_ROWS];
+        for (int split = item.first_split; split < item.end_split; split++) {
+            Partial partial{acc, tops, totals};
+            if (item.partial >= 0) {
+                int64_t at = item.partial + (int64_t)(split - item.first_split) * rows;
+                partial = Partial{a_.partial_acc + at * hd, a_.partial_top + at, a_.partial_total + at};
+            } else if (split == item.first_split) {
+                partial = Partial{result, result_top, result_total};
+            }
+            attend_split<BF16>(kv, table, split, last, tile, partial);
+            if (item.partial >= 0 || split == item.first_split) continue;
+            for (int r = 0; r < rows; r++)
+                merge_row(acc + r * hd, tops[r], totals[r], result + r * hd, result_top + r, result_total + r, hd);
+        }
+        if (item.partial < 0) write_rows(item, result, result_total);
+    }
+
+    // Divide by the sums and put the rows where the next matrix reads them.
+    void write_rows(const AttentionItem& item, const float* result, const float* totals) const {
+        for (int r = 0; r < item.count * group_; r++) {
+            int64_t token = item.token + r / group_, head = item.kv_head * group_ + r % group_;
+            float* out = a_.attended + token * work_.shape.attention_size + head * m_.head_dim;
+            for (int d = 0; d < m_.head_dim; d += LANES)
+                f_store(out + d, f_load(result + r * m_.head_dim + d) / f_set(totals[r]));
+        }
+    }
+
+    void merge_item(const AttentionItem& item) const {
+        const int hd = m_.head_dim, rows = item.count * group_;
+        for (int split = 1; split < item.num_splits; split++)
+            for (int r = 0; r < rows; r++) {
+                int64_t at = item.partial + (int64_t)split * rows + r, into = item.partial + r;
+                merge_row(a_.partial_acc + at * hd, a_.partial_top[at], a_.partial_total[at], a_.partial_acc + into * hd,
+                          a_.partial_top + into, a_.partial_total + into, hd);
+            }
+        write_rows(item, a_.partial_acc + item.partial * hd, a_.partial_total + item.partial);
+    }
+
+    const Work& work_;
+    const sl_model& m_;
+    const sl_step& s_;
+    const Arrays& a_;
+    const sl_layer& layer_;
+    int index_, group_;
+};
+
+}  // namespace SL_NS

@@ -1,0 +1,62 @@
+// The two ends of a step: rows of the embedding before the layers; norm, logits and draws after them.
+#pragma once
+
+#include "products.h"
+#include "sampling.h"
+
+namespace SL_NS {
+
+constexpr int STAGES_AT_THE_ENDS = 8;
+
+inline void embed(const Work& work, Team::Member& me) {
+    const sl_model& m = work.model;
+    work.team.each(me, work.step.num_tokens, [&](int64_t row) {
+        float* out = work.arrays.hidden + row * m.hidden_size;
+        unpack_row(m.embedding, work.step.token_ids[row], m.hidden_size, out);
+        if (!m.positions) return;
+        const float* position = m.positions + (int64_t)work.step.positions[row] * m.hidden_size;
+        for (int i = 0; i < m.hidden_size; i++) out[i] += position[i];
+    });
+}
+
+inline void store_logits(float* row, int64_t at, int64_t vocab_size, F16 values) {
+    if (at + LANES <= vocab_size) {
+        f_store(row + at, values);
+        return;
+    }
+    float tail[LANES];
+    f_store(tail, values);
+    for (int64_t i = at; i < vocab_size; i++) row[i] = tail[i - at];
+}
+
+inline int32_t draw(const sl_step& s, int32_t vocab_size, int64_t row) {
+    const float* logits = s.logits + row * vocab_size;
+    if (s.sample[row] == SL_SAMPLE_GREEDY) return draw_greedy(logits, vocab_size);
+    if (s.sample[row] == SL_SAMPLE_NONE) return -1;
+    return draw_gumbel(logits, vocab_size, s.temperatures[row], s.seeds[row], s.ordinals[row], s.choices[row]);
+}
+
+inline void finish(const Work& work, Team::Member& me) {
+    const sl_model& m = work.model;
+    const sl_step& s = work.step;
+    const Arrays& a = work.arrays;
+    const int64_t rows = s.num_logit_rows, size = m.hidden_size;
+    work.team.each(me, s.num_tokens, [&](int64_t row) {
+        normalise(a.hidden + row * size, m.final_norm, m.norm, m.norm_eps, size, a.normed + row * size);
+    });
+    if (!rows) return;
+    float* picked = a.qkv;  // free by now, and as wide as a hidden row
+    work.team.each(me, rows, [&](int64_t i) {
+        const float* row = a.normed + (int64_t)s.logit_rows[i] * size;
+        std::memcpy(picked + i * size, row, sizeof(float) * size);
+        if (!is_dense(m.lm_head.kind)) quantise(row, a.input, i, 0, size);
+    });
+    multiply(work.team, me, &m.lm_head, 1, Rows{a.input, picked, size}, rows,
+             [&](int64_t row, int64_t at, int count, const F16* values) {
+                 for (int t = 0; t < count; t++)
+                     store_logits(s.logits + (row + t) * m.vocab_size, at, m.vocab_size, values[t]);
+             });
+    if (s.sample) work.team.each(me, rows, [&](int64_t row) { s.sampled[row] = draw(s, m.vocab_size, row); });
+}
+
+}  // namespace SL_NS

@@ -1,0 +1,16 @@
+// What api.cpp needs of one instruction set: the step of a model behind plain function pointers.
+#pragma once
+
+#include "slipstream_cpu.h"
+
+namespace slipstream {
+
+struct Kernels {
+    void* (*create)(const sl_model*, int);
+    void (*destroy)(void*);
+    int (*run)(void*, const sl_step*);
+    const float* (*hidden)(void*);
+    int (*matmul)(void*, const sl_matrix*, const float*, int, float*);
+};
+
+}  // namespace slipstream

@@ -1,0 +1,34 @@
+// Sizes that follow from a model, and where its cache keeps things.
+#pragma once
+
+#include "gemm.h"
+
+namespace SL_NS {
+
+struct Shape {
+    explicit Shape(const sl_model& model)
+        : group(model.num_heads / model.num_kv_heads),
+          attention_size(model.num_heads * model.head_dim),
+          qkv_size((model.num_heads + 2 * model.num_kv_heads) * model.head_dim),
+          inner_size(model.layers[0].out.num_in) {
+        for (int i = 0; i < model.num_layers; i++) has_dense_out |= is_dense(model.layers[i].out.kind);
+    }
+
+    int group;  // query heads of one KV head
+    int attention_size, qkv_size, inner_size;
+    bool has_dense_out = false;  // in any layer: files mix kinds
+};
+
+// Offset in values of one head's keys (side 0) or values (side 1) in one block.
+inline int64_t kv_at(const sl_model& m, int64_t num_blocks, int64_t layer, int64_t block, int side, int head) {
+    return (((layer * num_blocks + block) * 2 + side) * m.num_kv_heads + head) * m.block_size * m.head_dim;
+}
+
+// Whether any part of queries, keys and values is read with quantised rows.
+inline bool has_quantised_qkv(const sl_layer& layer) {
+    for (int part = 0; part < layer.num_qkv; part++)
+        if (!is_dense(layer.qkv[part].kind)) return true;
+    return false;
+}
+
+}  // namespace SL_NS
