@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import time
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,8 @@ from shared.bus.embedded import EmbeddedServer
 from shared.bus.local import noted
 from shared.bus.registry import Registry
 from shared.config import Settings
+from shared.cores import VARIABLE as CORES_VARIABLE
+from shared.cores import CoreBoard
 from shared.errors import ConfigurationError
 from shared.lifecycle import EXIT_OK, PARENT_VARIABLE
 from shared.model.source import resolve
@@ -48,9 +50,10 @@ _KILL_GRACE_S = 10.0
 
 @dataclass(slots=True, eq=False)
 class Child:
-    """One process of the cluster; `fast_deaths` counts deaths shortly after a start."""
+    """One process of the cluster; `slot` is its place on the board of cores, `fast_deaths` counts early deaths."""
 
     role: str
+    slot: int
     process: asyncio.subprocess.Process | None = None
     started: float = 0.0
     fast_deaths: int = 0
@@ -66,6 +69,7 @@ class Cluster:
     num_decode: int
     console: Console = field(default_factory=lambda: Console(stderr=True, highlight=False))
     children: list[Child] = field(default_factory=list)
+    _board: CoreBoard = field(init=False)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Start everything, show when it is ready, restart dead workers, drain on `stop`."""
@@ -80,8 +84,9 @@ class Cluster:
             stack.enter_context(noted(self.settings.deployment, url))
             client = await stack.enter_async_context(connect(url))
             variables = self._environment(url)
-            roles = ["prefill"] * self.num_prefill + ["decode"] * self.num_decode + ["gateway"]
-            self.children = [Child(role) for role in roles]
+            roles = ["decode"] * self.num_decode + ["prefill"] * self.num_prefill + ["gateway"]
+            self.children = [Child(role, slot) for slot, role in enumerate(roles)]
+            self._board = stack.enter_context(closing(CoreBoard.create()))
             stack.push_async_callback(self._stop_children)
             for child in self.children:
                 await self._start(child, variables)
@@ -116,8 +121,12 @@ class Cluster:
 
     async def _start(self, child: Child, variables: dict[str, str]) -> None:
         child.started = time.monotonic()
+        self._board.clear(child.slot)
         child.process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "services.cli", child.role), env=variables, start_new_session=True
+            *(sys.executable, "-m", "services.cli", child.role),
+            env=variables | {CORES_VARIABLE: f"{self._board.descriptor}:{child.slot}"},
+            pass_fds=(self._board.descriptor,),
+            start_new_session=True,
         )
 
     async def _watch(self, client: Redis, variables: dict[str, str]) -> None:

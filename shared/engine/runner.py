@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from shared.cores import AllCores, Cores
 from shared.engine.draws import Draws
 from shared.engine.noise import F32
 from shared.kv.cache import KVCache
@@ -82,9 +83,11 @@ class TorchRunner:
 class NativeRunner:
     """The CPU kernels: one call a step, draws included."""
 
-    def __init__(self, model: NativeDecoder, cache: KVCache) -> None:
+    def __init__(self, model: NativeDecoder, cache: KVCache, cores: Cores | None = None) -> None:
         self._model = model
+        self._cores = cores or AllCores()
         self.cache = cache
 
     def run(self, step: RaggedStep, draws: Draws) -> StepResult:
-        return StepResult(*self._model.run(step, self.cache.data, draws))
+        with self._cores.step() as threads:
+            return StepResult(*self._model.run(step, self.cache.data, draws, threads=threads))

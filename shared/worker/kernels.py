@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import structlog
 
 from shared.config import EngineSettings
+from shared.cores import share_cores
 from shared.engine.runner import NativeRunner, Runner, TorchRunner
 from shared.errors import ConfigurationError
 from shared.kernels.library import Library, load_library
@@ -21,7 +22,7 @@ from shared.model.source import ModelSource
 
 log = structlog.get_logger()
 
-_NATIVE_CACHES = ("float32", "bfloat16")
+_NATIVE_CACHES = ("float32", "bfloat16", "int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,8 @@ def choose_kernels(source: ModelSource, settings: EngineSettings) -> Kernels:
         raise ConfigurationError(f"the native kernels cannot serve this model: {reason}. Set --kernels torch or auto.")
     if reason and settings.quantization:
         raise ConfigurationError(f"--quantization needs the native kernels, and {reason}.")
+    if reason and settings.kv_cache_dtype == "int8":
+        raise ConfigurationError(f"--kv-cache-dtype int8 needs the native kernels, and {reason}.")
     if reason:
         log.info("kernels_chosen", kernels="torch", reason=reason)
         return Kernels(None)
@@ -67,9 +70,11 @@ def choose_kernels(source: ModelSource, settings: EngineSettings) -> Kernels:
     return Kernels(library)
 
 
-def make_runner(model: LanguageModel, cache: KVCache, device: str) -> Runner:
-    """The runner for how a model was loaded."""
-    return NativeRunner(model, cache) if isinstance(model, NativeDecoder) else TorchRunner(model, cache, device)
+def make_runner(model: LanguageModel, cache: KVCache, device: str, threads: int) -> Runner:
+    """The runner for how a model was loaded; the kernels share `threads` with other workers of this machine."""
+    if isinstance(model, NativeDecoder):
+        return NativeRunner(model, cache, share_cores(threads))
+    return TorchRunner(model, cache, device)
 
 
 def _reason(source: ModelSource, settings: EngineSettings, library: Library | None) -> str:
@@ -83,5 +88,5 @@ def _reason(source: ModelSource, settings: EngineSettings, library: Library | No
     if settings.dtype not in ("auto", "float32"):
         return f"they compute in float32, not in {settings.dtype}"
     if settings.kv_cache_dtype not in ("auto", *_NATIVE_CACHES):
-        return f"they keep K and V as {' or '.join(_NATIVE_CACHES)}, not as {settings.kv_cache_dtype}"
+        return f"they keep K and V as {', '.join(_NATIVE_CACHES)}, not as {settings.kv_cache_dtype}"
     return why_not(source, settings.block_size)

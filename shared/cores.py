@@ -1,0 +1,107 @@
+"""Which of the workers on one machine compute at the moment, so that together they use its cores once.
+
+A board is one word for each worker in memory that `slipstream serve` shares with its children. A worker writes its own
+word only, at both ends of a step, and reads the others' before it begins one: nobody waits for anybody.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+VARIABLE = "_SLIPSTREAM_CORES"
+"""`descriptor:slot`, set by the parent for one child; not a setting."""
+
+MAX_SLOTS = 512
+_WORD = 8
+_COMPUTING = (1 << 64) - 1
+_BETWEEN_STEPS_NS = 5_000_000
+"""A worker whose last step ended this recently counts as computing: it is making up its next step."""
+
+
+class Cores(Protocol):
+    """How many threads a step may use."""
+
+    @contextmanager
+    def step(self) -> Iterator[int]:
+        """Held while a step runs; gives its threads, 0 for all the worker has."""
+        ...
+
+
+class AllCores:
+    """A worker that knows of no other."""
+
+    @contextmanager
+    def step(self) -> Iterator[int]:
+        yield 0
+
+
+class CoreBoard:
+    """The shared words. The parent creates it and empties the slot of a child that has died."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._memory = mmap.mmap(descriptor, MAX_SLOTS * _WORD)
+        self.words = memoryview(self._memory).cast("Q")
+
+    @classmethod
+    def create(cls) -> CoreBoard:
+        """In a file without a name, gone with its last user."""
+        with tempfile.TemporaryFile() as file:
+            file.truncate(MAX_SLOTS * _WORD)
+            return cls(os.dup(file.fileno()))
+
+    @property
+    def descriptor(self) -> int:
+        """To be inherited by children."""
+        return self._descriptor
+
+    def clear(self, slot: int) -> None:
+        """The worker of this slot has ended, in the middle of a step or not."""
+        self.words[slot] = 0
+
+    def close(self) -> None:
+        self.words.release()
+        self._memory.close()
+        os.close(self._descriptor)
+
+
+@dataclass(frozen=True, slots=True)
+class CoreShare:
+    """One worker's place on the board: an equal share of `num_cores` among those who compute, lower slots first."""
+
+    board: CoreBoard
+    slot: int
+    num_cores: int
+
+    @contextmanager
+    def step(self) -> Iterator[int]:
+        words = self.board.words
+        words[self.slot] = _COMPUTING
+        try:
+            yield self.num_threads(time.monotonic_ns())
+        finally:
+            words[self.slot] = time.monotonic_ns()
+
+    def num_threads(self, now: int) -> int:
+        """Threads for a step beginning at `now` (monotonic nanoseconds); at least one."""
+        words = self.board.words.tolist()
+        computing = [slot for slot, word in enumerate(words) if slot != self.slot and word > now - _BETWEEN_STEPS_NS]
+        each, rest = divmod(self.num_cores, len(computing) + 1)
+        before = sum(slot < self.slot for slot in computing)
+        return max(1, each + (before < rest))
+
+
+def share_cores(num_cores: int) -> Cores:
+    """This worker's share as its parent gave it, or all cores where no parent did."""
+    given = os.environ.get(VARIABLE)
+    if not given:
+        return AllCores()
+    descriptor, slot = map(int, given.split(":"))
+    return CoreShare(CoreBoard(descriptor), slot, num_cores)

@@ -1,0 +1,85 @@
+"""Workers of one machine divide its cores while they compute at the same time."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from shared.cores import VARIABLE, AllCores, CoreBoard, CoreShare, share_cores
+
+
+@pytest.fixture
+def board() -> Iterator[CoreBoard]:
+    board = CoreBoard.create()
+    yield board
+    board.close()
+
+
+def test_who_computes_alone_has_every_core(board: CoreBoard) -> None:
+    share = CoreShare(board, slot=3, num_cores=8)
+    with share.step() as threads:
+        assert threads == 8
+
+
+@pytest.mark.parametrize(
+    ("num_cores", "shares"),
+    [(2, [1, 1]), (3, [2, 1]), (8, [4, 4]), (8, [3, 3, 2]), (2, [1, 1, 1]), (1, [1, 1])],
+)
+def test_those_who_compute_share_equally_and_lower_slots_take_what_is_left(
+    board: CoreBoard, num_cores: int, shares: list[int]
+) -> None:
+    workers = [CoreShare(board, slot, num_cores) for slot in range(len(shares))]
+    with ExitStack() as steps:
+        for worker in workers:
+            steps.enter_context(worker.step())
+        assert [worker.num_threads(time.monotonic_ns()) for worker in workers] == shares
+
+
+def test_the_pause_between_two_steps_counts_and_a_longer_one_does_not(board: CoreBoard) -> None:
+    busy, other = CoreShare(board, 0, 4), CoreShare(board, 1, 4)
+    with busy.step():
+        pass
+    ended = board.words[0]
+    assert other.num_threads(ended + 1_000_000) == 2
+    assert other.num_threads(ended + 10_000_000) == 4
+
+
+def test_a_step_that_raises_ends(board: CoreBoard) -> None:
+    share, other = CoreShare(board, 0, 4), CoreShare(board, 1, 4)
+    with pytest.raises(RuntimeError, match="broken"), share.step():
+        raise RuntimeError("broken")
+    assert other.num_threads(time.monotonic_ns() + 10_000_000) == 4
+
+
+def test_a_child_in_a_step_is_seen_and_forgotten_when_it_was_killed(board: CoreBoard) -> None:
+    code = """
+import sys, time
+from shared.cores import share_cores
+with share_cores(4).step():
+    print("computing", flush=True)
+    time.sleep(600)
+"""
+    fd = board.descriptor
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], env={VARIABLE: f"{fd}:0"}, pass_fds=(fd,), stdout=subprocess.PIPE
+    )
+    with child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"computing\n"
+        share = CoreShare(board, 1, 4)
+        assert share.num_threads(time.monotonic_ns()) == 2
+        child.kill()
+    board.clear(0)
+    assert share.num_threads(time.monotonic_ns()) == 4
+
+
+def test_without_a_parent_that_shares_a_worker_uses_all_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert isinstance(share_cores(4), AllCores)
+    with share_cores(4).step() as threads:
+        assert threads == 0
