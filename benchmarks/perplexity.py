@@ -2,8 +2,9 @@
 
     python -m benchmarks.perplexity --tokens 16384 --out docs/data/perplexity.json
 
-The same weights three times: dequantised to float32 in plain torch, and on the native kernels with a float32 and a
-bfloat16 cache. The text is this project's own documentation, so a commit names it exactly; it is read in windows.
+The same weights four times: dequantised to float32 in plain torch, and on the native kernels with a float32, a
+bfloat16 and an int8 cache. The text is this project's own documentation, so a commit names it exactly; it is read in
+windows.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from benchmarks.raw import write_raw
 from shared.config import EngineSettings
 from shared.engine.sequence import Sequence as EngineSequence
 from shared.kernels.library import load_library
+from shared.kv.cache import KVCache
 from shared.kv.layout import KVLayout
 from shared.model.batch import AttentionGroup, ForwardBatch, padded_rows
 from shared.model.language_model import LanguageModel
@@ -67,12 +70,10 @@ def corpus() -> str:
 class Scorer:
     """Negative log-likelihood of windows under one decoder, computed in chunks against a cache of its own."""
 
-    def __init__(self, decoder: LanguageModel, kv_dtype: torch.dtype, window: int) -> None:
-        config = decoder.config
+    def __init__(self, decoder: LanguageModel, layout: KVLayout, window: int) -> None:
         self._decoder = decoder
         self._blocks = torch.arange(1, 1 + -(-window // BLOCK_SIZE))
-        shape = (config.num_layers, len(self._blocks) + 1, 2, config.num_kv_heads, BLOCK_SIZE, config.head_dim)
-        self._cache = torch.zeros(shape, dtype=kv_dtype)
+        self._cache = KVCache(layout, len(self._blocks) + 1).data
 
     def window(self, ids: Sequence[int]) -> float:
         """Sum over all tokens but the first, in nats."""
@@ -110,25 +111,24 @@ def perplexities(source: ModelSource, ids: Sequence[int], window: int) -> dict[s
     """Of each way to compute; windows are independent of each other."""
     windows = [ids[start : start + window] for start in range(0, len(ids) - window + 1, window)]
     found = {}
-    for name, decoder, kv_dtype in _decoders(source):
-        scorer = Scorer(decoder, kv_dtype, window)
+    for name, decoder, layout in _decoders(source):
+        scorer = Scorer(decoder, layout, window)
         loss = sum(scorer.window(part) for part in windows) / (len(windows) * (window - 1))
         found[name] = math.exp(loss)
         print(f"{name:>24} {found[name]:.5f}", flush=True)
     return found
 
 
-def _decoders(source: ModelSource) -> list[tuple[str, LanguageModel, torch.dtype]]:
+def _decoders(source: ModelSource) -> list[tuple[str, LanguageModel, KVLayout]]:
     library, config = load_library(), source.config
     if library is None:
         raise SystemExit("The native kernels were not built; install Slipstream where there is a C++ compiler.")
-    decoders: list[tuple[str, LanguageModel, torch.dtype]] = [
-        ("torch float32", load(source, "cpu", "float32"), torch.float32)
-    ]
-    for dtype in ("float32", "bfloat16"):
-        layout = KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, BLOCK_SIZE, dtype, k_transposed=True)
+    plain = KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, BLOCK_SIZE)
+    decoders: list[tuple[str, LanguageModel, KVLayout]] = [("torch float32", load(source, "cpu", "float32"), plain)]
+    for dtype in ("float32", "bfloat16", "int8"):
+        layout = replace(plain, dtype=dtype, k_transposed=True)
         native = load_native(source, library, layout, torch.get_num_threads())
-        decoders.append((f"native, {dtype} cache", native, getattr(torch, dtype)))
+        decoders.append((f"native, {dtype} cache", native, layout))
     return decoders
 
 

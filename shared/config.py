@@ -30,6 +30,7 @@ PRIVATE_NETWORKS = (
 """Loopback, private, shared (RFC 6598) and link-local addresses: nothing that is routed on the internet."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+CacheDtype = Literal["float32", "bfloat16", "float16", "int8"]
 
 
 class _Section(BaseModel):
@@ -68,7 +69,7 @@ class EngineSettings(_Section):
     kernels: Literal["auto", "native", "torch"] = "auto"
     quantization: Literal["int8", "int4"] | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    kv_cache_dtype: Literal["auto"] | CacheDtype = "auto"
     block_size: int = Field(default=16, ge=1, le=128)
     kv_cache_tokens: int | None = Field(default=None, ge=64)
     kv_cache_memory: int | None = Field(default=None, ge=1 << 20)
@@ -96,7 +97,7 @@ class EngineSettings(_Section):
         return "float32" if self.device == "cpu" else "bfloat16"
 
     @property
-    def cache_dtype(self) -> Dtype:
+    def cache_dtype(self) -> CacheDtype:
         """`kv_cache_dtype` with auto resolved to the compute dtype."""
         return self.compute_dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
 

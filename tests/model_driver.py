@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from shared.kv.layout import KVLayout
 from shared.model.batch import AttentionGroup, ForwardBatch, padded_rows
 from shared.model.language_model import LanguageModel
 
@@ -38,7 +39,9 @@ class ModelDriver:
         self._block_size = block_size
         self._free = list(range(1, num_blocks))
         random.Random(5).shuffle(self._free)
-        shape = (config.num_layers, num_blocks, 2, config.num_kv_heads, block_size, config.head_dim)
+        name = str(kv_dtype).removeprefix("torch.")
+        layout = KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, block_size, name)
+        shape = (config.num_layers, num_blocks, 2, config.num_kv_heads, block_size, layout.row_width)
         self.cache = torch.full(shape, _UNWRITTEN, dtype=kv_dtype, device=decoder.device)
 
     def step(self, items: Sequence[tuple[DrivenSequence, Sequence[int]]], extra_blocks: int = 0) -> list[Tensor]:

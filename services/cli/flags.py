@@ -50,7 +50,7 @@ ENGINE = (
     Flag("--kernels", ("engine", "kernels"), str, "auto, native or torch."),
     Flag("--quantization", ("engine", "quantization"), str, "int8 or int4: quantise float weights while loading."),
     Flag("--dtype", ("engine", "dtype"), str, "auto, float32, bfloat16 or float16."),
-    Flag("--kv-cache-dtype", ("engine", "kv_cache_dtype"), str, "auto, float32, bfloat16 or float16."),
+    Flag("--kv-cache-dtype", ("engine", "kv_cache_dtype"), str, "auto, float32, bfloat16, float16 or int8."),
     MAX_MODEL_LEN,
     Flag("--max-num-seqs", ("engine", "max_num_seqs"), int, "Sequences a worker runs at once."),
     Flag("--max-num-batched-tokens", ("engine", "max_num_batched_tokens"), int, "Tokens a step may compute."),

@@ -158,7 +158,9 @@ def pack(matrix: Matrix) -> U8:
     blocks = matrix.num_in // fmt.inputs
     per_row = fmt.inputs * fmt.bits // 8
     quants = matrix.quants.reshape(tiles, TILE, blocks, per_row // 4, 4).transpose(0, 2, 3, 1, 4)
-    parts = [_by_block(part, tiles, fmt) for part in (matrix.scales, matrix.minima) if part is not None]
+    parts = [
+        _by_block(part, tiles, fmt) for part in (matrix.scales, matrix.minima)[: 1 + fmt.has_min] if part is not None
+    ]
     head = sum(part.shape[-1] for part in parts)
     out = _empty(tiles * blocks * (head + TILE * per_row)).reshape(tiles, blocks, -1)
     for index, part in enumerate(parts):

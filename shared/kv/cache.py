@@ -12,7 +12,7 @@ from shared.errors import ConfigurationError
 from shared.kv.layout import KVLayout
 from shared.kv.pool_file import PoolFile, create_pool_file
 
-TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 _log = structlog.get_logger()
 
 
@@ -20,7 +20,7 @@ class KVCache:
     """Owns the memory of all KV blocks; which block belongs to whom is the block manager's business.
 
     Block 0 is reserved: padding rows write there and no live sequence reads it.
-    `data` is `[layer, block, k|v, kv_head, slot, head_dim]`, contiguous, zeroed.
+    `data` is `[layer, block, k|v, kv_head, slot, row_width]`, contiguous, zeroed.
     With `shared` the tensor lies in a file that peers on this host can map (`shared_path`); where
     that is impossible (a GPU, no room in shared memory) the cache is private and transfers go by TCP.
     """
@@ -32,7 +32,7 @@ class KVCache:
             )
         self.layout = layout
         self.num_blocks = num_blocks
-        shape = (layout.num_layers, num_blocks, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
+        shape = (layout.num_layers, num_blocks, 2, layout.num_kv_heads, layout.block_size, layout.row_width)
         dtype = TORCH_DTYPES[layout.dtype]
         self._file = _shared_file(layout.bytes_per_block * num_blocks, device) if shared else None
         if self._file is None:
@@ -47,7 +47,7 @@ class KVCache:
         return str(self._file.path) if self._file else None
 
     def layer(self, index: int) -> torch.Tensor:
-        """View of one layer: `[block, k|v, kv_head, slot, head_dim]`."""
+        """View of one layer: `[block, k|v, kv_head, slot, row_width]`."""
         return self.data[index]
 
     def zero(self, block_ids: Sequence[int]) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+_SCALE_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """Shape of one worker's paged cache: `[layer][block][k|v][kv_head][slot][head_dim]`.
+    """Shape of one worker's paged cache: `[layer][block][k|v][kv_head][slot][row_width]`.
 
     A head range is contiguous inside a block, so a later planner can cut it for tensor parallelism. With `k_transposed`
-    slot and dimension are swapped inside each head of k: `[head_dim][slot]`.
+    slot and row are swapped inside each head of k: `[row_width][slot]`. A row is a head's `head_dim` values; int8
+    rows end with the 4 bytes of their float32 scale.
     """
 
     num_layers: int
@@ -24,9 +26,14 @@ class KVLayout:
     k_transposed: bool = False
 
     @property
+    def row_width(self) -> int:
+        """Values of one head of one token, a scale's bytes included."""
+        return self.head_dim + (_SCALE_BYTES if self.dtype == "int8" else 0)
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes of K and V of one token over all layers."""
-        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * _DTYPE_BYTES[self.dtype]
+        return self.num_layers * 2 * self.num_kv_heads * self.row_width * _DTYPE_BYTES[self.dtype]
 
     @property
     def bytes_per_block(self) -> int:

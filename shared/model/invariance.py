@@ -78,7 +78,7 @@ class _Probe:
         lengths = [min(_FIRST_LENGTH + _LENGTH_STEP * index, longest) for index in range(max(_ROW_COUNTS))]
         self._sequences = self._made_up(lengths)
         num_blocks = 1 + sum(len(sequence.blocks) for sequence in self._sequences)
-        shape = (num_blocks, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
+        shape = (num_blocks, 2, layout.num_kv_heads, layout.block_size, layout.row_width)
         dtype = getattr(torch, layout.dtype)
         self._cache = torch.zeros((self._decoder.num_layers, *shape), dtype=dtype, device=decoder.device)
 

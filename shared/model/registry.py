@@ -70,7 +70,7 @@ def load_native(
     rotations = read_rotations(reader, names, config)
     turns = None if rotations is None else torch.view_as_real(rotations).numpy()
     loader = NativeLoader(reader, names, config, quantization)
-    weights = loader.load(layout.block_size, KV_DTYPES[_DTYPES[layout.dtype]], turns, progress)
+    weights = loader.load(layout.block_size, KV_DTYPES[layout.dtype], turns, progress)
     return NativeDecoder(config, weights, library, threads, library.best_isa if isa is None else isa)
 
 

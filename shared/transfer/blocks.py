@@ -1,7 +1,7 @@
 """Copies between the paged pool and the flat bytes of one part; run in threads.
 
-Flat order is `[layer, block, k|v, kv_head, slot < slots, head_dim]` in both directions; where the layout swaps slot and
-dimension in k, so does the flat order.
+Flat order is `[layer, block, k|v, kv_head, slot < slots, row_width]` in both directions; where the layout swaps slot
+and row in k, so does the flat order.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def gather(cache: KVCache, part: Part, block_ids: Sequence[int]) -> torch.Tensor
 
 
 def flatten(blocks: torch.Tensor, layout: KVLayout, slots: int) -> torch.Tensor:
-    """`uint8` bytes in flat order of blocks [layer, block, k|v, kv_head, slot, head_dim], contiguous."""
+    """`uint8` bytes in flat order of blocks [layer, block, k|v, kv_head, slot, row_width], contiguous."""
     keys, values = _sides(blocks, layout, slots)
     return torch.stack((keys.flatten(2), values.flatten(2)), dim=2).view(-1).view(torch.uint8)
 
@@ -44,11 +44,11 @@ def scatter(cache: KVCache, part: Part, block_ids: Sequence[int], content: torch
 
 
 def _sides(blocks: torch.Tensor, layout: KVLayout, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views of the first `slots` keys and values of `blocks` [layer, block, k|v, kv_head, slot, head_dim]."""
+    """Views of the first `slots` keys and values of `blocks` [layer, block, k|v, kv_head, slot, row_width]."""
     keys, values = blocks[:, :, 0], blocks[:, :, 1, :, :slots]
     if not layout.k_transposed:
         return keys[:, :, :, :slots], values
-    swapped = keys.view(*keys.shape[:-2], layout.head_dim, layout.block_size)
+    swapped = keys.view(*keys.shape[:-2], layout.row_width, layout.block_size)
     return swapped[..., :slots], values
 
 

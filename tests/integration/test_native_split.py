@@ -42,3 +42,18 @@ async def test_split_equals_one_process(
             assert state.end.usage.transport == transport
             assert state.choices[0].tokens == tokens
         await bench.nothing_leaks()
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+async def test_an_int8_cache_travels_with_its_scales(
+    redis_url: str, deployment: str, model: Path, transport: str
+) -> None:
+    engine = NATIVE | {"kv_cache_dtype": "int8"}
+    expected = unsplit_tokens(model, PROMPTS, engine=engine, **SAMPLED)
+    async with workers(redis_url, deployment, model, engine=engine, transfer={"transports": (transport,)}) as bench:
+        for prompt, tokens in zip(PROMPTS, expected, strict=True):
+            state = await bench.generate(prompt, **SAMPLED)
+            assert state.end is not None
+            assert (state.end.usage.path, state.end.usage.transport) == (PATH_REMOTE, transport)
+            assert state.choices[0].tokens == tokens
+        await bench.nothing_leaks()

@@ -82,7 +82,7 @@ def test_quantised_weights_stay_close(quantization: str, tmp_path: Path) -> None
     assert error > 1e-4  # else nothing was quantised
 
 
-@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
 def test_every_instruction_set_and_thread_count_gives_the_same_bits(
     kv_dtype: str, quantization: str | None, tmp_path: Path
@@ -113,12 +113,32 @@ def test_chunks_and_mixed_steps(name: str, tmp_path: Path) -> None:
     check_mixed_steps(decoder, [tokens(length, seed=length) for length in (1, 4, 63, 129, 130, 200)], seed=11)
 
 
-def test_a_lossy_cache_is_read_back_rounded(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kv_dtype", "most"), [(torch.bfloat16, 0.01), (torch.int8, 0.04)])
+def test_a_lossy_cache_is_read_back_rounded(kv_dtype: torch.dtype, most: float, tmp_path: Path) -> None:
     folder, prompt = saved(_ONE, tmp_path), tokens(200)
-    rounding = native(folder, kv_dtype="bfloat16")
-    check_chunks(rounding, prompt, torch.bfloat16)
+    rounding = native(folder, kv_dtype=str(kv_dtype).removeprefix("torch."))
+    check_chunks(rounding, prompt, kv_dtype)
     exact = ModelDriver(native(folder)).chunked(prompt, len(prompt))
-    assert not same_bits(ModelDriver(rounding, kv_dtype=torch.bfloat16).chunked(prompt, len(prompt)), exact)
+    rounded = ModelDriver(rounding, kv_dtype=kv_dtype).chunked(prompt, len(prompt))
+    assert 1e-5 < ((rounded - exact).std() / exact.std()).item() < most
+
+
+def test_int8_rows_hold_the_values_in_steps_of_their_own_scale(tmp_path: Path) -> None:
+    folder, prompt = saved(_ONE, tmp_path), tokens(40)
+    exact, rounding = ModelDriver(native(folder)), ModelDriver(native(folder, kv_dtype="int8"), kv_dtype=torch.int8)
+    for driver in (exact, rounding):  # both give out the same blocks
+        driver.chunked(prompt, len(prompt))
+    for side in range(2):  # the first layer's keys and values depend on no cache
+        values, rows = exact.cache[0, :, side], rounding.cache[0, :, side]
+        if side == 0:
+            values = values.reshape(*values.shape[:2], values.shape[3], values.shape[2])
+            rows = rows.reshape(*rows.shape[:2], rows.shape[3], rows.shape[2]).transpose(2, 3)
+            values = values.transpose(2, 3)
+        quants, scales = rows[..., :-4].float(), rows[..., -4:].contiguous().view(torch.float32)
+        used = scales[..., 0] != scales.flatten()[0]
+        assert int(used.sum()) == len(prompt) * scales.shape[1]
+        assert torch.allclose(scales[used][:, 0], values[used].abs().amax(-1) / 127, rtol=1e-6)
+        assert ((quants * scales - values)[used].abs() <= 0.501 * scales[used]).all()
 
 
 @pytest.mark.parametrize("block_size", [32, 128])

@@ -13,20 +13,20 @@ from shared.transfer.shm import SharedMemoryTransport
 
 
 def keys_of(cache: KVCache, block: int, slots: int) -> torch.Tensor:
-    """The first `slots` keys of a block as [layer, kv_head, slot, head_dim], whatever the order in memory."""
+    """The first `slots` keys of a block as [layer, kv_head, slot, row_width], whatever the order in memory."""
     layout, keys = cache.layout, cache.data[:, block, 0]
     if layout.k_transposed:
-        keys = keys.reshape(*keys.shape[:2], layout.head_dim, layout.block_size).transpose(2, 3)
+        keys = keys.reshape(*keys.shape[:2], layout.row_width, layout.block_size).transpose(2, 3)
     return keys[:, :, :slots]
 
 
 @pytest.mark.parametrize("k_transposed", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("slots", [1, 5, 16])
 def test_the_valid_slots_arrive_and_no_other_is_touched(slots: int, dtype: str, k_transposed: bool) -> None:
     layout = KVLayout(2, 3, 8, 16, dtype, k_transposed=k_transposed)
     source, target = KVCache(layout, 4, shared=True), KVCache(layout, 4)
-    source.data.copy_(torch.randn(source.data.shape))
+    source.data.copy_(torch.randn(source.data.shape) * 50)
     target.data.fill_(7)
     part = Part(0, 2, 0, 1, slots)
     transport = SharedMemoryTransport()

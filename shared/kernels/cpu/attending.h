@@ -1,6 +1,7 @@
 // The attention of a layer: rotate and append, attend over the cache, merge.
 #pragma once
 
+#include "cache.h"
 #include "work.h"
 
 namespace SL_NS {
@@ -10,7 +11,8 @@ constexpr int MAX_HEAD_DIM = 256;
 class Attending {
   public:
     Attending(const Work& work, const sl_layer& layer, int index)
-        : work_(work), m_(work.model), s_(work.step), a_(work.arrays), layer_(layer), index_(index), group_(work.shape.group) {}
+        : work_(work), m_(work.model), s_(work.step), a_(work.arrays), layer_(layer), cache_(m_, s_, index),
+          group_(work.shape.group) {}
 
     // Rotate queries and keys, then write keys and values into the cache.
     void append(Team::Member& me) const {
@@ -19,17 +21,18 @@ class Attending {
             for (int head = 0; head < m_.num_heads + m_.num_kv_heads; head++) turn(heads + head * m_.head_dim, head, row);
             const float* keys = heads + work_.shape.attention_size;
             for (int head = 0; head < m_.num_kv_heads; head++)
-                write(row, head, keys + head * m_.head_dim, keys + (m_.num_kv_heads + head) * m_.head_dim);
+                cache_.write(row, head, keys + head * m_.head_dim, keys + (m_.num_kv_heads + head) * m_.head_dim);
         });
     }
 
     void attend(Team::Member& me) const {
         const auto& items = work_.plan.items();
         work_.team.each(me, (int64_t)items.size(), [&](int64_t i) {
-            if (m_.kv_dtype == SL_KV_BF16)
-                attend_item<true>(items[i]);
-            else
-                attend_item<false>(items[i]);
+            switch (m_.kv_dtype) {
+                case SL_KV_INT8: attend_item<SL_KV_INT8>(items[i]); break;
+                case SL_KV_BF16: attend_item<SL_KV_BF16>(items[i]); break;
+                default: attend_item<SL_KV_F32>(items[i]); break;
+            }
         });
     }
 
@@ -57,32 +60,10 @@ class Attending {
             for (int d = 0; d < m_.head_dim; d++) at[d] *= m_.attention_scale;
     }
 
-    // One head's key and value into the row's slot of the cache.
-    void write(int64_t row, int head, const float* key, const float* value) const {
-        int64_t block = s_.slots[row] / m_.block_size, slot = s_.slots[row] % m_.block_size;
-        int64_t k = kv_at(m_, s_.num_blocks, index_, block, 0, head) + slot;
-        int64_t v = kv_at(m_, s_.num_blocks, index_, block, 1, head) + slot * m_.head_dim;
-        for (int d = 0; d < m_.head_dim; d++) {
-            put(k + (int64_t)d * m_.block_size, key[d]);
-            put(v + d, value[d]);
-        }
-    }
-
-    void put(int64_t at, float value) const {
-        if (m_.kv_dtype == SL_KV_BF16)
-            ((uint16_t*)s_.kv)[at] = to_bf16(value);
-        else
-            ((float*)s_.kv)[at] = value;
-    }
-
-    template <bool BF16>
+    template <int KV>
     void attend_item(const AttentionItem& item) const {
         const int hd = m_.head_dim, rows = item.count * group_;
-        constexpr int64_t width = BF16 ? 2 : 4;
-        const char* base = (const char*)s_.kv;
-        KvView kv{base + width * kv_at(m_, s_.num_blocks, index_, 0, 0, item.kv_head),
-                  base + width * kv_at(m_, s_.num_blocks, index_, 0, 1, item.kv_head),
-                  (int64_t)2 * m_.num_kv_heads * m_.block_size * hd, m_.block_size, hd, BF16};
+        const KvView kv = cache_.view(item.kv_head);
         float queries[MAX_QUERY_ROWS * MAX_HEAD_DIM], acc[MAX_QUERY_ROWS * MAX_HEAD_DIM];
         float tops[MAX_QUERY_ROWS], totals[MAX_QUERY_ROWS];
         int32_t positions[MAX_QUERY_ROWS];
@@ -103,7 +84,7 @@ class Attending {
             } else if (split == item.first_split) {
                 partial = Partial{result, result_top, result_total};
             }
-            attend_split<BF16>(kv, table, split, last, tile, partial);
+            attend_split<KV>(kv, table, split, last, tile, partial);
             if (item.partial >= 0 || split == item.first_split) continue;
             for (int r = 0; r < rows; r++)
                 merge_row(acc + r * hd, tops[r], totals[r], result + r * hd, result_top + r, result_total + r, hd);
@@ -137,7 +118,8 @@ class Attending {
     const sl_step& s_;
     const Arrays& a_;
     const sl_layer& layer_;
-    int index_, group_;
+    const Cache cache_;
+    int group_;
 };
 
 }  // namespace SL_NS

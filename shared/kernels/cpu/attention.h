@@ -23,11 +23,10 @@ constexpr int ROW_CHUNK = 4;
 #endif
 
 struct KvView {
-    const void* k;        // this layer and KV head of block 0: [head_dim][slot]
-    const void* v;        // [slot][head_dim]
+    const void* k;        // this layer and KV head of block 0: [row_width][slot]
+    const void* v;        // [slot][row_width]
     int64_t block_stride;  // in values
-    int block_size, head_dim;
-    bool bf16;
+    int block_size, head_dim, row_width;
 };
 
 // Query rows of one sequence and KV head; `queries` are scaled already.
@@ -44,27 +43,52 @@ struct Partial {
     float* total;  // [rows]
 };
 
-template <bool BF16>
+template <int KV>
 inline F16 kv_load(const void* base, int64_t at) {
-    return BF16 ? f_load_bf16((const uint16_t*)base + at) : f_load((const float*)base + at);
+    if (KV == SL_KV_INT8) return f_load_i8((const int8_t*)base + at);
+    return KV == SL_KV_BF16 ? f_load_bf16((const uint16_t*)base + at) : f_load((const float*)base + at);
+}
+
+// Scales of 16 neighbouring keys, whose bytes lie as the keys do: one row for each byte.
+inline F16 key_scales(const KvView& kv, int64_t place) {
+    const uint8_t* bytes = (const uint8_t*)kv.k + place + (int64_t)kv.head_dim * kv.block_size;
+    uint32_t bits[LANES];
+    for (int i = 0; i < LANES; i++) {
+        bits[i] = 0;
+        for (int byte = 0; byte < 4; byte++) bits[i] |= (uint32_t)bytes[byte * kv.block_size + i] << 8 * byte;
+    }
+    float scales[LANES];
+    std::memcpy(scales, bits, sizeof scales);
+    return f_load(scales);
+}
+
+inline float value_scale(const KvView& kv, int64_t place) {
+    float scale;
+    std::memcpy(&scale, (const int8_t*)kv.v + place + kv.head_dim, sizeof scale);
+    return scale;
 }
 
 // Dot products of R rows with 16 keys for each of KEYS places; out is [row][score column].
-template <bool BF16, int R, int KEYS>
+template <int KV, int R, int KEYS>
 inline void score(const KvView& kv, const int64_t* place, const float* q, float* out, const int* column) {
     F16 acc[R][KEYS];
     for (int r = 0; r < R; r++)
         for (int n = 0; n < KEYS; n++) acc[r][n] = f_set(0.0f);
     for (int d = 0; d < kv.head_dim; d++)
         for (int n = 0; n < KEYS; n++) {
-            F16 key = kv_load<BF16>(kv.k, place[n] + (int64_t)d * kv.block_size);
+            F16 key = kv_load<KV>(kv.k, place[n] + (int64_t)d * kv.block_size);
             for (int r = 0; r < R; r++) acc[r][n] = f_fma(key, f_set(q[r * kv.head_dim + d]), acc[r][n]);
+        }
+    if (KV == SL_KV_INT8)
+        for (int n = 0; n < KEYS; n++) {
+            F16 scales = key_scales(kv, place[n]);
+            for (int r = 0; r < R; r++) acc[r][n] = acc[r][n] * scales;
         }
     for (int r = 0; r < R; r++)
         for (int n = 0; n < KEYS; n++) f_store(out + r * SPLIT + column[n], acc[r][n]);
 }
 
-template <bool BF16, int R>
+template <int KV, int R>
 inline void score_rows(const KvView& kv, const int32_t* table, int first, int count, const float* q, float* out) {
     auto place = [&](int key) {
         return (int64_t)table[key / kv.block_size] * kv.block_stride + key % kv.block_size;
@@ -73,16 +97,16 @@ inline void score_rows(const KvView& kv, const int32_t* table, int first, int co
     for (; key + 32 <= count; key += 32) {
         int64_t places[2] = {place(first + key), place(first + key + 16)};
         int columns[2] = {key, key + 16};
-        score<BF16, R, 2>(kv, places, q, out, columns);
+        score<KV, R, 2>(kv, places, q, out, columns);
     }
     if (key < count) {
         int64_t at = place(first + key);
-        score<BF16, R, 1>(kv, &at, q, out, &key);
+        score<KV, R, 1>(kv, &at, q, out, &key);
     }
 }
 
 // Weighted sums of values for R rows; weights are [row][SPLIT].
-template <bool BF16, int R>
+template <int KV, int R>
 inline void weigh(const KvView& kv, const int64_t* place, int count, const float* weights, float* acc) {
     for (int d = 0; d < kv.head_dim; d += 2 * LANES) {
         bool both = d + LANES < kv.head_dim;
@@ -90,7 +114,7 @@ inline void weigh(const KvView& kv, const int64_t* place, int count, const float
         F16 low[R], high[R];
         for (int r = 0; r < R; r++) low[r] = high[r] = f_set(0.0f);
         for (int key = 0; key < count; key++) {
-            F16 a = kv_load<BF16>(kv.v, place[key] + d), b = kv_load<BF16>(kv.v, place[key] + d + second);
+            F16 a = kv_load<KV>(kv.v, place[key] + d), b = kv_load<KV>(kv.v, place[key] + d + second);
             for (int r = 0; r < R; r++) {
                 F16 weight = f_set(weights[r * SPLIT + key]);
                 low[r] = f_fma(a, weight, low[r]);
@@ -122,18 +146,23 @@ inline void soften(float* scores, int first, int count, int position, int window
     *total = f_sum(sum);
 }
 
-template <bool BF16, int R>
+template <int KV, int R>
 inline void split_rows(const KvView& kv, const int32_t* table, const int64_t* place, int first, int count,
                        const QueryTile& tile, int row, const Partial& out) {
     alignas(64) float scores[R * SPLIT];
-    score_rows<BF16, R>(kv, table, first, count, tile.queries + row * kv.head_dim, scores);
+    score_rows<KV, R>(kv, table, first, count, tile.queries + row * kv.head_dim, scores);
     for (int r = 0; r < R; r++)
         soften(scores + r * SPLIT, first, count, tile.position[row + r], tile.window, out.top + row + r, out.total + row + r);
-    weigh<BF16, R>(kv, place, count, scores, out.acc + row * kv.head_dim);
+    if (KV == SL_KV_INT8)
+        for (int key = 0; key < count; key++) {
+            float scale = value_scale(kv, place[key]);
+            for (int r = 0; r < R; r++) scores[r * SPLIT + key] *= scale;
+        }
+    weigh<KV, R>(kv, place, count, scores, out.acc + row * kv.head_dim);
 }
 
 // Partial results of all rows over split number `split`; `last` is the largest position among the rows.
-template <bool BF16>
+template <int KV>
 inline void attend_split(const KvView& kv, const int32_t* table, int split, int last, const QueryTile& tile, const Partial& out) {
     int first = split * SPLIT;
     int count = last + 1 - first;
@@ -141,19 +170,19 @@ inline void attend_split(const KvView& kv, const int32_t* table, int split, int 
     int64_t place[SPLIT];
     for (int key = 0; key < count; key++) {
         int at = first + key;
-        place[key] = (int64_t)table[at / kv.block_size] * kv.block_stride + (int64_t)(at % kv.block_size) * kv.head_dim;
+        place[key] = (int64_t)table[at / kv.block_size] * kv.block_stride + (int64_t)(at % kv.block_size) * kv.row_width;
     }
     int row = 0;
     for (; row + ROW_CHUNK <= tile.rows; row += ROW_CHUNK)
-        split_rows<BF16, ROW_CHUNK>(kv, table, place, first, count, tile, row, out);
+        split_rows<KV, ROW_CHUNK>(kv, table, place, first, count, tile, row, out);
     switch (tile.rows - row) {
-        case 7: split_rows<BF16, 7>(kv, table, place, first, count, tile, row, out); break;
-        case 6: split_rows<BF16, 6>(kv, table, place, first, count, tile, row, out); break;
-        case 5: split_rows<BF16, 5>(kv, table, place, first, count, tile, row, out); break;
-        case 4: split_rows<BF16, 4>(kv, table, place, first, count, tile, row, out); break;
-        case 3: split_rows<BF16, 3>(kv, table, place, first, count, tile, row, out); break;
-        case 2: split_rows<BF16, 2>(kv, table, place, first, count, tile, row, out); break;
-        case 1: split_rows<BF16, 1>(kv, table, place, first, count, tile, row, out); break;
+        case 7: split_rows<KV, 7>(kv, table, place, first, count, tile, row, out); break;
+        case 6: split_rows<KV, 6>(kv, table, place, first, count, tile, row, out); break;
+        case 5: split_rows<KV, 5>(kv, table, place, first, count, tile, row, out); break;
+        case 4: split_rows<KV, 4>(kv, table, place, first, count, tile, row, out); break;
+        case 3: split_rows<KV, 3>(kv, table, place, first, count, tile, row, out); break;
+        case 2: split_rows<KV, 2>(kv, table, place, first, count, tile, row, out); break;
+        case 1: split_rows<KV, 1>(kv, table, place, first, count, tile, row, out); break;
         default: break;
     }
 }

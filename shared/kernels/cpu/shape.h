@@ -19,11 +19,6 @@ struct Shape {
     bool has_dense_out = false;  // in any layer: files mix kinds
 };
 
-// Offset in values of one head's keys (side 0) or values (side 1) in one block.
-inline int64_t kv_at(const sl_model& m, int64_t num_blocks, int64_t layer, int64_t block, int side, int head) {
-    return (((layer * num_blocks + block) * 2 + side) * m.num_kv_heads + head) * m.block_size * m.head_dim;
-}
-
 // Whether any part of queries, keys and values is read with quantised rows.
 inline bool has_quantised_qkv(const sl_layer& layer) {
     for (int part = 0; part < layer.num_qkv; part++)

@@ -46,6 +46,9 @@ inline F16 f_load_bf16(const uint16_t* p) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
+inline F16 f_load_i8(const int8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
+}
 inline void i_store_i8(int8_t* p, I16 a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v)); }
 
 #elif SL_LEVEL == 1
@@ -90,6 +93,10 @@ inline F16 f_load_bf16(const uint16_t* p) {
     __m256i a = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
     __m256i b = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(p + 8)));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(b, 16))};
+}
+inline F16 f_load_i8(const int8_t* p) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))))};
 }
 inline void i_store_i8(int8_t* p, I16 x) {
     __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xD8);
@@ -156,6 +163,7 @@ inline F16 f_load_bf16(const uint16_t* p) {
     for (int i = 0; i < LANES; i++) bits.v[i] = (int32_t)((uint32_t)p[i] << 16);
     return f_bits(bits);
 }
+inline F16 f_load_i8(const int8_t* p) { SL_EACH(F16, (float)p[i]); }
 inline void i_store_i8(int8_t* p, I16 a) {
     for (int i = 0; i < LANES; i++) p[i] = (int8_t)(a.v[i] < -128 ? -128 : a.v[i] > 127 ? 127 : a.v[i]);
 }

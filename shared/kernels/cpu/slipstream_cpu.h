@@ -29,7 +29,7 @@ enum sl_kind {
 
 enum sl_norm { SL_NORM_RMS = 0, SL_NORM_LAYER = 1 };
 enum sl_activation { SL_SILU = 0, SL_GELU_TANH = 1, SL_RELU = 2 };
-enum sl_kv { SL_KV_F32 = 0, SL_KV_BF16 = 1 };
+enum sl_kv { SL_KV_F32 = 0, SL_KV_BF16 = 1, SL_KV_INT8 = 2 };
 enum sl_isa { SL_ISA_SCALAR = 0, SL_ISA_AVX2 = 1, SL_ISA_AVX512 = 2 };
 enum sl_sample { SL_SAMPLE_NONE = 0, SL_SAMPLE_GREEDY = 1, SL_SAMPLE_GUMBEL = 2 };
 
@@ -78,7 +78,7 @@ typedef struct {
     const int32_t* starts;
     const int32_t* block_tables;  // [num_seqs][table_width]
     const int32_t* logit_rows;
-    void* kv;                     // [layer][block][k|v][kv_head]; k is [head_dim][slot], v is [slot][head_dim]
+    void* kv;                     // [layer][block][k|v][kv_head]; k is [row][slot], v is [slot][row]
     int64_t num_blocks;
     float* logits;                // [num_logit_rows][vocab_size]
     // Sampling of each logit row, or null: the row's way, and for SL_SAMPLE_GUMBEL its key.
