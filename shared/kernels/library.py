@@ -12,7 +12,7 @@ from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-ABI = 1
+ABI = 2
 """`SL_ABI` of the header this file mirrors."""
 
 
@@ -68,7 +68,7 @@ class CModel(Structure):
 
 class CStep(Structure):
     _fields_ = [
-        *((name, c_int32) for name in ("num_tokens", "num_seqs", "table_width", "num_logit_rows")),
+        *((name, c_int32) for name in ("num_tokens", "num_seqs", "table_width", "num_logit_rows", "num_threads")),
         *(
             (name, c_void_p)
             for name in ("token_ids", "positions", "slots", "starts", "block_tables", "logit_rows", "kv")

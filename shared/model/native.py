@@ -87,16 +87,17 @@ class NativeDecoder:
         shorter._start(model)
         return shorter
 
-    def run(self, step: RaggedStep, kv: Tensor, draws: Draws | None = None) -> tuple[F32, Int32]:
+    def run(self, step: RaggedStep, kv: Tensor, draws: Draws | None = None, *, threads: int = 0) -> tuple[F32, Int32]:
         """Logits [len(logit_rows), vocab_size] and, with `draws`, the sampled ids (-1 where none was asked for).
 
-        The logits are overwritten by the next run: fresh memory for each step would be cleared page by page.
+        `threads` is how many of the decoder's threads compute this step, 0 for all; it changes no bit. The logits are
+        overwritten by the next run: fresh memory for each step would be cleared page by page.
         """
         self._check(step)
         num_rows = len(step.logit_rows)
         logits = self._logits_of(num_rows)
         sampled = np.full(num_rows, -1, dtype=np.int32)
-        call = CStep(len(step.token_ids), len(step.starts) - 1, step.block_tables.shape[1], num_rows)
+        call = CStep(len(step.token_ids), len(step.starts) - 1, step.block_tables.shape[1], num_rows, threads)
         arrays: dict[str, npt.NDArray[Any]] = {"logits": logits, "sampled": sampled}
         for name in ("token_ids", "positions", "slots", "starts", "block_tables", "logit_rows"):
             arrays[name] = getattr(step, name)

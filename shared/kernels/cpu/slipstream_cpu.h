@@ -11,7 +11,7 @@ extern "C" {
 #endif
 
 // Changes whenever the bits of a result or a struct below change; the loader refuses another number.
-#define SL_ABI 1
+#define SL_ABI 2
 
 // How a matrix is stored. Rows are outputs. Tiles of 16 rows lie one after the other; inside a tile, blocks of 32 inputs
 // (16 for SL_Q8_FLOAT16): 16 scales, 16 minima where the kind has them, then the quants, 4 inputs of each of 16 rows at a
@@ -71,6 +71,7 @@ typedef struct {
 // One ragged step. Tokens of a sequence are neighbours; `starts` has num_seqs + 1 entries.
 typedef struct {
     int32_t num_tokens, num_seqs, table_width, num_logit_rows;
+    int32_t num_threads;          // of those the engine was made with, how many compute this step; 0: all
     const int32_t* token_ids;
     const int32_t* positions;
     const int64_t* slots;         // block * block_size + slot, where each token's K and V go

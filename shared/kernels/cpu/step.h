@@ -16,6 +16,7 @@ class Engine {
         : m_(model), shape_(model), team_(num_threads, model.num_layers * STAGES_PER_LAYER + STAGES_AT_THE_ENDS) {}
 
     int run(const sl_step& step) {
+        team_.use(step.num_threads);
         plan_.make(m_, shape_, step, team_.size());
         Work work{m_, shape_, step, plan_, team_, {}};
         if (!scratch_.take(m_, shape_, step, plan_, work.arrays)) return -1;
@@ -35,6 +36,7 @@ class Engine {
         Rows x{test_rows_.rows(), rows, matrix.num_in};
         if (!is_dense(matrix.kind))
             for (int r = 0; r < num_rows; r++) quantise(rows + (int64_t)r * matrix.num_in, x.quant, r, 0, matrix.num_in);
+        team_.use(0);
         team_.run([&](Team::Member& me) {
             multiply(team_, me, &matrix, 1, x, num_rows, [&](int64_t row, int64_t at, int count, const F16* values) {
                 for (int t = 0; t < count; t++) f_store(out + (row + t) * matrix.num_out + at, values[t]);

@@ -1,5 +1,6 @@
 // A fixed team of threads that runs one step together: every thread runs the same program, and the items of each stage are
 // claimed from an atomic counter. So a thread that the system takes off its core delays one item, not its whole share.
+// A run may use the first few threads only; the others sleep on.
 #pragma once
 
 #include <atomic>
@@ -24,9 +25,13 @@ class Team {
     Team(const Team&) = delete;
     Team& operator=(const Team&) = delete;
 
+    // Use the first `num_threads` threads from now on; all of them when it is 0 or there are not so many.
+    void use(int num_threads) { size_ = num_threads < 1 || num_threads > all_ ? all_ : num_threads; }
+
+    // Threads in use.
     int size() const { return size_; }
 
-    // Run `program` on all threads, the caller being one of them; returns when all are through.
+    // Run `program` on the threads in use, the caller being one of them; returns when all are through.
     void run(const std::function<void(Member&)>& program);
 
     // One stage: call work(i) for every i below `count`, each on some thread, then wait for all.
@@ -54,13 +59,16 @@ class Team {
     void meet();
     void stop();
     void serve(int index);
+    void call_next(int index);
     static void await_change(Word& word, uint32_t seen, int spins);
     static void advance(Word& word);
 
-    const int size_;
+    const int all_;
+    int size_;  // changes between runs; only threads that were called for the run read it
     std::vector<Counter> counters_;
+    std::vector<Word> calls_;  // one for each thread: counts the runs it was called for
     alignas(64) std::atomic<int> arrived_{0};
-    Word phase_, epoch_;
+    Word phase_;
     bool stopping_ = false;
     const std::function<void(Member&)>* program_ = nullptr;
     std::vector<std::thread> threads_;
