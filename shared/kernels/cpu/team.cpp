@@ -45,8 +45,7 @@ void name_this_thread() {
 
 }  // namespace
 
-Team::Team(int num_threads, int max_stages)
-    : all_(num_threads), size_(num_threads), counters_(max_stages), calls_(num_threads) {
+Team::Team(int num_threads) : all_(num_threads), size_(num_threads), calls_(num_threads) {
     try {
         for (int i = 1; i < all_; i++) threads_.emplace_back([this, i] { serve(i); });
     } catch (...) {  // the system has no more threads to give
@@ -65,7 +64,7 @@ void Team::stop() {
 }
 
 void Team::run(const std::function<void(Member&)>& program) {
-    for (Counter& counter : counters_) counter.value.store(0, std::memory_order_relaxed);
+    for (Counter& counter : counters_[0]) counter.value.store(0, std::memory_order_relaxed);
     Member me;
     if (size_ == 1) {
         program(me);

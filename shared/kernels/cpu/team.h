@@ -1,5 +1,6 @@
-// A fixed team of threads that runs one step together: every thread runs the same program, and the items of each stage are
-// claimed from an atomic counter. So a thread that the system takes off its core delays one item, not its whole share.
+// A fixed team of threads that runs one step together: every thread runs the same program. The items of each stage lie in a
+// few ranges; a thread takes one after the other from its own range, so that it reads memory in order, and then helps in the
+// others. So a thread that the system takes off its core delays one item, not its whole share.
 // A run may use the first few threads only; the others sleep on.
 #pragma once
 
@@ -20,7 +21,7 @@ class Team {
         int stage = 0;
     };
 
-    Team(int num_threads, int max_stages);
+    explicit Team(int num_threads);
     ~Team();
     Team(const Team&) = delete;
     Team& operator=(const Team&) = delete;
@@ -37,12 +38,24 @@ class Team {
     // One stage: call work(i) for every i below `count`, each on some thread, then wait for all.
     template <typename Work>
     void each(Member& me, int64_t count, const Work& work) {
-        std::atomic<int64_t>& next = counters_[me.stage++].value;
         if (size_ == 1) {
             for (int64_t i = 0; i < count; i++) work(i);
             return;
         }
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(i);
+        const int ranges = num_ranges();
+        Counter* taken = counters_[me.stage % 2];
+        // Nobody has read the other stage's counter since the last meeting, and nobody will before the next one.
+        me.stage++;
+        if (me.index < ranges) counters_[me.stage % 2][me.index].value.store(0, std::memory_order_relaxed);
+        for (int turn = 0; turn < ranges; turn++) {
+            const int range = (me.index + turn) % ranges;
+            const int64_t begin = count * range / ranges, end = count * (range + 1) / ranges;
+            std::atomic<int64_t>& next = taken[range].value;
+            while (begin + next.load(std::memory_order_relaxed) < end) {
+                int64_t i = begin + next.fetch_add(1, std::memory_order_relaxed);
+                if (i < end) work(i);
+            }
+        }
         meet();
     }
 
@@ -56,6 +69,10 @@ class Team {
         std::atomic<int> sleepers{0};
     };
 
+    // Few, because who has finished looks into all of them.
+    static constexpr int MAX_RANGES = 8;
+
+    int num_ranges() const { return size_ < MAX_RANGES ? size_ : MAX_RANGES; }
     void meet();
     void stop();
     void serve(int index);
@@ -65,7 +82,7 @@ class Team {
 
     const int all_;
     int size_;  // changes between runs; only threads that were called for the run read it
-    std::vector<Counter> counters_;
+    Counter counters_[2][MAX_RANGES];  // items taken of each range, of this stage and the next in turn
     std::vector<Word> calls_;  // one for each thread: counts the runs it was called for
     alignas(64) std::atomic<int> arrived_{0};
     Word phase_;
