@@ -64,11 +64,16 @@ inline void feed_forward(const Work& work, Team::Member& me, const sl_layer& lay
 inline void forward_layer(const Work& work, Team::Member& me, int index) {
     const sl_layer& layer = work.model.layers[index];
     const Attending attending(work, layer, index);
+    const bool is_last = index + 1 == work.model.num_layers;
+    expect(work.team, me, layer.attn_out);
     project(work, me, layer, normed(work, me, layer.attn_norm, has_quantised_qkv(layer)));
     attending.append(me);
     attending.attend(me);
+    expect(work.team, me, layer.into);
     multiply_onto_hidden(work, me, layer.attn_out, attending.attended(me));
+    expect(work.team, me, layer.out);
     feed_forward(work, me, layer, normed(work, me, layer.mlp_norm, !is_dense(layer.into.kind)));
+    expect(work.team, me, is_last ? work.model.lm_head : work.model.layers[index + 1].qkv[0]);
     multiply_onto_hidden(work, me, layer.out, Rows{work.arrays.inner_quant, work.arrays.inner, layer.out.num_in});
 }
 

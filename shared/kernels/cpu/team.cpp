@@ -73,7 +73,7 @@ void Team::run(const std::function<void(Member&)>& program) {
     program_ = &program;
     call_next(0);
     program(me);
-    meet();  // nobody may still look at `program` when the caller goes on
+    meet(me);  // nobody may still look at `program` when the caller goes on
 }
 
 // Each thread calls two others: with many of them no thread has all the calls to make.
@@ -84,30 +84,33 @@ void Team::call_next(int index) {
 void Team::serve(int index) {
     name_this_thread();
     for (uint32_t calls = 0;; calls++) {
-        await_change(calls_[index], calls, STEP_SPINS);
-        if (stopping_) return;
-        call_next(index);
         Member me;
         me.index = index;
+        await_change(calls_[index], calls, STEP_SPINS, me);
+        if (stopping_) return;
+        call_next(index);
         (*program_)(me);
-        meet();
+        meet(me);
     }
 }
 
-void Team::meet() {
+void Team::meet(Member& me) {
     uint32_t phase = phase_.value.load(std::memory_order_acquire);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
         arrived_.store(0, std::memory_order_relaxed);
         advance(phase_);
     } else {
-        await_change(phase_, phase, STAGE_SPINS);
+        await_change(phase_, phase, STAGE_SPINS, me);
     }
 }
 
-void Team::await_change(Word& word, uint32_t seen, int spins) {
+void Team::await_change(Word& word, uint32_t seen, int spins, Member& me) {
     for (int i = 0; i < spins; i++) {
         if (word.value.load(std::memory_order_acquire) != seen) return;
-        relax();
+        if (me.ahead < me.ahead_end)
+            me.fetch_line();
+        else
+            relax();
     }
     word.sleepers.fetch_add(1, std::memory_order_seq_cst);
     while (word.value.load(std::memory_order_seq_cst) == seen) sleep_while(word.value, seen);

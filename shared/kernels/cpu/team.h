@@ -15,10 +15,18 @@ namespace slipstream {
 
 class Team {
   public:
-    // One thread's place in the program: how many stages it has passed.
+    // One thread's place in the program: how many stages it has passed, and memory it will read after a meeting to come,
+    // which it fetches into its cache while it waits.
     struct Member {
         int index = 0;
         int stage = 0;
+        const char* ahead = nullptr;
+        const char* ahead_end = nullptr;
+
+        void fetch_line() {
+            __builtin_prefetch(ahead, 0, 2);
+            ahead += 64;
+        }
     };
 
     explicit Team(int num_threads);
@@ -34,6 +42,9 @@ class Team {
 
     // Run `program` on the threads in use, the caller being one of them; returns when all are through.
     void run(const std::function<void(Member&)>& program);
+
+    // The first of `count` items that this thread takes in a stage.
+    int64_t first_item(const Member& me, int64_t count) const { return count * (me.index % num_ranges()) / num_ranges(); }
 
     // One stage: call work(i) for every i below `count`, each on some thread, then wait for all.
     template <typename Work>
@@ -56,7 +67,7 @@ class Team {
                 if (i < end) work(i);
             }
         }
-        meet();
+        meet(me);
     }
 
   private:
@@ -73,11 +84,11 @@ class Team {
     static constexpr int MAX_RANGES = 8;
 
     int num_ranges() const { return size_ < MAX_RANGES ? size_ : MAX_RANGES; }
-    void meet();
+    void meet(Member& me);
     void stop();
     void serve(int index);
     void call_next(int index);
-    static void await_change(Word& word, uint32_t seen, int spins);
+    static void await_change(Word& word, uint32_t seen, int spins, Member& me);
     static void advance(Word& word);
 
     const int all_;
