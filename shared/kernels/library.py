@@ -110,8 +110,11 @@ class Library:
             raise MemoryError("no memory for the step's activations")
 
     def hidden(self, engine: int) -> int:
-        """Address of the last step's hidden rows, float32 [num_tokens, hidden_size]."""
-        return int(self._functions.sl_hidden(engine))
+        """Address of the last step's hidden rows, float32 [num_tokens, hidden_size]. Raises MemoryError."""
+        address = self._functions.sl_hidden(engine)
+        if not address:
+            raise MemoryError("no memory for the step's hidden rows")
+        return int(address)
 
     def matmul(self, engine: int, matrix: CMatrix, rows: int, num_rows: int, out: int) -> None:
         """Product of float32 rows with a matrix, both as addresses. Raises MemoryError."""

@@ -90,8 +90,8 @@ class NativeDecoder:
     def run(self, step: RaggedStep, kv: Tensor, draws: Draws | None = None, *, threads: int = 0) -> tuple[F32, Int32]:
         """Logits [len(logit_rows), vocab_size] and, with `draws`, the sampled ids (-1 where none was asked for).
 
-        `threads` is how many of the decoder's threads compute this step, 0 for all; it changes no bit. The logits
-        are overwritten by the next run: fresh memory for each step would be cleared page by page.
+        `threads` is how many of the decoder's threads compute this step, 0 for all; it changes no bit. The logits are
+        overwritten by the next run: fresh memory for each step would be cleared page by page.
         """
         self._check(step)
         num_rows = len(step.logit_rows)

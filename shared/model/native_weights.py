@@ -17,7 +17,6 @@ from shared.kernels.library import CLayer, CMatrix, CModel, CNorm
 from shared.kernels.packing import (
     INPUT_PAD,
     TILE,
-    U8,
     Matrix,
     concatenate,
     dense,
@@ -25,6 +24,7 @@ from shared.kernels.packing import (
     quantise_4bit,
     quantise_8bit,
 )
+from shared.kernels.weight_memory import WeightMemory
 from shared.model.config import NORM_RMS, ModelConfig
 from shared.model.native_support import ACTIVATIONS
 from shared.model.row_order import gate_and_up_order, qkv_order, rotary_order
@@ -54,6 +54,7 @@ class NativeLoader:
         self._config = config
         self._quantise = QUANTISERS[quantization] if quantization else None
         self._memory: list[npt.NDArray[np.generic]] = []
+        self._large_pages = WeightMemory()
 
     def load(
         self, block_size: int, kv_dtype: int, rotations: F32 | None, progress: Callable[[float], None]
@@ -184,7 +185,7 @@ class NativeLoader:
         return self._keep(weight[rotary_order(self._config, self._names)])
 
     def _place(self, matrix: Matrix, bias: F32 | None = None) -> CMatrix:
-        packed: U8 = pack(matrix)
+        packed = self._large_pages.hold(pack(matrix))
         self._memory.append(packed)
         num_out, num_in = -(-matrix.num_out // TILE) * TILE, -(-matrix.num_in // INPUT_PAD) * INPUT_PAD
         at = None if bias is None else self._keep(np.pad(bias, (0, num_out - len(bias))))

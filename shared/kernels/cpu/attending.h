@@ -1,4 +1,4 @@
-// The attention of a layer: rotate and append, attend over the cache, merge.
+// The attention of a layer: rotate, append, attend over the cache, merge.
 #pragma once
 
 #include "cache.h"
@@ -14,14 +14,11 @@ class Attending {
         : work_(work), m_(work.model), s_(work.step), a_(work.arrays), layer_(layer), cache_(m_, s_, index),
           group_(work.shape.group) {}
 
-    // Rotate queries and keys, then write keys and values into the cache.
+    // Keys and values of all new tokens into the cache, where items do not append their own.
     void append(Team::Member& me) const {
+        if (work_.plan.is_decode()) return;
         work_.team.each(me, s_.num_tokens, [&](int64_t row) {
-            float* heads = a_.qkv + row * work_.shape.qkv_size;
-            for (int head = 0; head < m_.num_heads + m_.num_kv_heads; head++) turn(heads + head * m_.head_dim, head, row);
-            const float* keys = heads + work_.shape.attention_size;
-            for (int head = 0; head < m_.num_kv_heads; head++)
-                cache_.write(row, head, keys + head * m_.head_dim, keys + (m_.num_kv_heads + head) * m_.head_dim);
+            for (int head = 0; head < m_.num_kv_heads; head++) append_head(row, head);
         });
     }
 
@@ -36,18 +33,14 @@ class Attending {
         });
     }
 
-    // Merge partial results where splits were given to several threads, then quantise.
-    void quantise_attended(Team::Member& me) const {
-        if (work_.plan.num_partials()) {
-            const auto& items = work_.plan.items();
-            work_.team.each(me, (int64_t)items.size(), [&](int64_t i) {
-                bool is_first = i == 0 || items[i - 1].kv_head != items[i].kv_head || items[i - 1].token != items[i].token;
-                if (is_first && items[i].partial >= 0) merge_item(items[i]);
-            });
-        }
-        if (is_dense(layer_.attn_out.kind)) return;
+    // What attention gave, as rows for the next matrix.
+    Rows attended(Team::Member& me) const {
         const int64_t size = work_.shape.attention_size;
-        work_.team.each(me, s_.num_tokens, [&](int64_t row) { quantise(a_.attended + row * size, a_.input, row, 0, size); });
+        return work_.inputs(me, s_.num_tokens, size, [&](int64_t row, const RowSet& set) {
+            float* out = set.dense + row * size;
+            for (int head = 0; head < m_.num_kv_heads; head++) gather(row, head, out + (int64_t)head * group_ * m_.head_dim);
+            if (!is_dense(layer_.attn_out.kind)) quantise(out, set.quant, row, 0, size);
+        });
     }
 
   private:
@@ -60,8 +53,18 @@ class Attending {
             for (int d = 0; d < m_.head_dim; d++) at[d] *= m_.attention_scale;
     }
 
+    // One head's key, rotated, and value into the row's slot of the cache.
+    void append_head(int64_t row, int head) const {
+        const float* projected = a_.qkv + row * work_.shape.qkv_size + work_.shape.attention_size + head * m_.head_dim;
+        float key[MAX_HEAD_DIM];
+        std::memcpy(key, projected, sizeof(float) * m_.head_dim);
+        turn(key, m_.num_heads + head, row);
+        cache_.write(row, head, key, projected + m_.num_kv_heads * m_.head_dim);
+    }
+
     template <int KV>
     void attend_item(const AttentionItem& item) const {
+        if (item.appends) append_head(item.token, item.kv_head);
         const int hd = m_.head_dim, rows = item.count * group_;
         const KvView kv = cache_.view(item.kv_head);
         float queries[MAX_QUERY_ROWS * MAX_HEAD_DIM], acc[MAX_QUERY_ROWS * MAX_HEAD_DIM];
@@ -70,6 +73,7 @@ class Attending {
         for (int r = 0; r < rows; r++) {
             int64_t token = item.token + r / group_, head = item.kv_head * group_ + r % group_;
             std::memcpy(queries + r * hd, a_.qkv + token * work_.shape.qkv_size + head * hd, sizeof(float) * hd);
+            turn(queries + r * hd, (int)head, token);
             positions[r] = s_.positions[token];
         }
         QueryTile tile{queries, positions, rows, m_.sliding_window};
@@ -102,15 +106,25 @@ class Attending {
         }
     }
 
-    void merge_item(const AttentionItem& item) const {
-        const int hd = m_.head_dim, rows = item.count * group_;
-        for (int split = 1; split < item.num_splits; split++)
-            for (int r = 0; r < rows; r++) {
-                int64_t at = item.partial + (int64_t)split * rows + r, into = item.partial + r;
-                merge_row(a_.partial_acc + at * hd, a_.partial_top[at], a_.partial_total[at], a_.partial_acc + into * hd,
-                          a_.partial_top + into, a_.partial_total + into, hd);
+    // The query heads of one KV head of one token, merged where several threads computed their splits.
+    void gather(int64_t row, int kv_head, float* out) const {
+        const int hd = m_.head_dim;
+        const Partials& parts = work_.plan.partials(row, kv_head);
+        if (parts.first < 0) {
+            const float* whole = a_.attended + row * work_.shape.attention_size + (int64_t)kv_head * group_ * hd;
+            std::memcpy(out, whole, sizeof(float) * group_ * hd);
+            return;
+        }
+        for (int r = 0; r < group_; r++, out += hd) {
+            int64_t at = parts.first + r;
+            std::memcpy(out, a_.partial_acc + at * hd, sizeof(float) * hd);
+            float top = a_.partial_top[at], total = a_.partial_total[at];
+            for (int split = 1; split < parts.num_splits; split++) {
+                at += parts.stride;
+                merge_row(a_.partial_acc + at * hd, a_.partial_top[at], a_.partial_total[at], out, &top, &total, hd);
             }
-        write_rows(item, a_.partial_acc + item.partial * hd, a_.partial_total + item.partial);
+            for (int d = 0; d < hd; d += LANES) f_store(out + d, f_load(out + d) / f_set(total));
+        }
     }
 
     const Work& work_;

@@ -6,8 +6,6 @@
 
 namespace SL_NS {
 
-constexpr int STAGES_AT_THE_ENDS = 8;
-
 inline void embed(const Work& work, Team::Member& me) {
     const sl_model& m = work.model;
     work.team.each(me, work.step.num_tokens, [&](int64_t row) {
@@ -41,17 +39,13 @@ inline void finish(const Work& work, Team::Member& me) {
     const sl_step& s = work.step;
     const Arrays& a = work.arrays;
     const int64_t rows = s.num_logit_rows, size = m.hidden_size;
-    work.team.each(me, s.num_tokens, [&](int64_t row) {
-        normalise(a.hidden + row * size, m.final_norm, m.norm, m.norm_eps, size, a.normed + row * size);
-    });
     if (!rows) return;
-    float* picked = a.qkv;  // free by now, and as wide as a hidden row
-    work.team.each(me, rows, [&](int64_t i) {
-        const float* row = a.normed + (int64_t)s.logit_rows[i] * size;
-        std::memcpy(picked + i * size, row, sizeof(float) * size);
-        if (!is_dense(m.lm_head.kind)) quantise(row, a.input, i, 0, size);
+    const Rows x = work.inputs(me, rows, size, [&](int64_t row, const RowSet& set) {
+        float* out = set.dense + row * size;
+        normalise(a.hidden + (int64_t)s.logit_rows[row] * size, m.final_norm, m.norm, m.norm_eps, size, out);
+        if (!is_dense(m.lm_head.kind)) quantise(out, set.quant, row, 0, size);
     });
-    multiply(work.team, me, &m.lm_head, 1, Rows{a.input, picked, size}, rows,
+    multiply(work.team, me, &m.lm_head, 1, x, rows,
              [&](int64_t row, int64_t at, int count, const F16* values) {
                  for (int t = 0; t < count; t++)
                      store_logits(s.logits + (row + t) * m.vocab_size, at, m.vocab_size, values[t]);

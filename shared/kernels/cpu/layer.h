@@ -6,21 +6,19 @@
 
 namespace SL_NS {
 
-constexpr int STAGES_PER_LAYER = 10;
-
 // The normed rows as floats, and quantised where a matrix that comes next reads them so.
-inline void normalise_rows(const Work& work, Team::Member& me, const sl_norm_weights& weights, bool is_quantised) {
+inline Rows normed(const Work& work, Team::Member& me, const sl_norm_weights& weights, bool is_quantised) {
     const sl_model& m = work.model;
-    work.team.each(me, work.step.num_tokens, [&](int64_t row) {
-        float* out = work.arrays.normed + row * m.hidden_size;
-        normalise(work.arrays.hidden + row * m.hidden_size, weights, m.norm, m.norm_eps, m.hidden_size, out);
-        if (is_quantised) quantise(out, work.arrays.input, row, 0, m.hidden_size);
+    const int64_t size = m.hidden_size;
+    return work.inputs(me, work.step.num_tokens, size, [&](int64_t row, const RowSet& set) {
+        float* out = set.dense + row * size;
+        normalise(work.arrays.hidden + row * size, weights, m.norm, m.norm_eps, size, out);
+        if (is_quantised) quantise(out, set.quant, row, 0, size);
     });
 }
 
 // Queries, keys and values of every token.
-inline void project(const Work& work, Team::Member& me, const sl_layer& layer) {
-    Rows x{work.arrays.input, work.arrays.normed, work.model.hidden_size};
+inline void project(const Work& work, Team::Member& me, const sl_layer& layer, const Rows& x) {
     float* out = work.arrays.qkv;
     const int64_t width = work.shape.qkv_size;
     multiply(work.team, me, layer.qkv, layer.num_qkv, x, work.step.num_tokens,
@@ -48,8 +46,7 @@ inline void activate_group(const Work& work, const sl_layer& layer, int64_t row,
 }
 
 // Activation of the first matrix's outputs, 32 at a time, quantised for the second one.
-inline void feed_forward(const Work& work, Team::Member& me, const sl_layer& layer) {
-    const Rows x{work.arrays.input, work.arrays.normed, work.model.hidden_size};
+inline void feed_forward(const Work& work, Team::Member& me, const sl_layer& layer, const Rows& x) {
     const int tiles_per_group = work.model.gated ? 4 : 2;
     const int64_t num_tokens = work.step.num_tokens, groups = layer.into.num_out / LANES / tiles_per_group;
     work.team.each(me, groups * ceil_div(num_tokens, TOKEN_BLOCK), [&](int64_t item) {
@@ -67,14 +64,16 @@ inline void feed_forward(const Work& work, Team::Member& me, const sl_layer& lay
 inline void forward_layer(const Work& work, Team::Member& me, int index) {
     const sl_layer& layer = work.model.layers[index];
     const Attending attending(work, layer, index);
-    normalise_rows(work, me, layer.attn_norm, has_quantised_qkv(layer));
-    project(work, me, layer);
+    const bool is_last = index + 1 == work.model.num_layers;
+    expect(work.team, me, layer.attn_out);
+    project(work, me, layer, normed(work, me, layer.attn_norm, has_quantised_qkv(layer)));
     attending.append(me);
     attending.attend(me);
-    attending.quantise_attended(me);
-    multiply_onto_hidden(work, me, layer.attn_out, Rows{work.arrays.input, work.arrays.attended, work.shape.attention_size});
-    normalise_rows(work, me, layer.mlp_norm, !is_dense(layer.into.kind));
-    feed_forward(work, me, layer);
+    expect(work.team, me, layer.into);
+    multiply_onto_hidden(work, me, layer.attn_out, attending.attended(me));
+    expect(work.team, me, layer.out);
+    feed_forward(work, me, layer, normed(work, me, layer.mlp_norm, !is_dense(layer.into.kind)));
+    expect(work.team, me, is_last ? work.model.lm_head : work.model.layers[index + 1].qkv[0]);
     multiply_onto_hidden(work, me, layer.out, Rows{work.arrays.inner_quant, work.arrays.inner, layer.out.num_in});
 }
 

@@ -39,6 +39,7 @@ class Buffer {
 // Quantised rows and the memory they live in.
 class QuantBuffer {
   public:
+    // Room for rows of `stride` values; false when there is no memory.
     bool take(int64_t rows, int64_t stride) {
         QuantRows& r = rows_;
         r.stride = stride;

@@ -7,6 +7,14 @@ namespace SL_NS {
 
 constexpr int TOKEN_BLOCK = 64;  // rows a piece of weights is used for before the next rows are read
 constexpr int ITEMS_PER_THREAD = 6;
+constexpr int64_t LOOK_AHEAD = 32 << 10;  // bytes; a fraction of a core's own cache
+
+// Let the thread fetch what it will read first of the next matrix while it waits for the others.
+inline void expect(const Team& team, Team::Member& me, const sl_matrix& next) {
+    const int64_t bytes = tile_bytes(next), tiles = next.num_out / LANES, first = team.first_item(me, tiles);
+    me.ahead = (const char*)next.data + first * bytes;
+    me.ahead_end = me.ahead + smaller(LOOK_AHEAD, (tiles - first) * bytes);
+}
 
 // All tiles of `parts` below each other times `num_rows` rows; store(row, first output, rows, values) takes each result.
 template <typename Store>

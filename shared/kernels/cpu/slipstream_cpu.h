@@ -95,7 +95,7 @@ int32_t sl_best_isa(void);                                              // what 
 void* sl_create(const sl_model* model, int32_t num_threads, int32_t isa);  // null when the isa cannot run here
 void sl_destroy(void* engine);
 int32_t sl_run(void* engine, const sl_step* step);                      // 0, or -1 when memory ran out
-// Hidden rows after the final norm of the last step, [num_tokens][hidden_size]; for tests.
+// Hidden rows after the final norm of the last step, [num_tokens][hidden_size], or null when memory ran out; for tests.
 const float* sl_hidden(void* engine);
 // One product of float rows [num_rows][num_in] with a matrix, [num_rows][num_out]; for tests and benchmarks.
 int32_t sl_matmul(void* engine, const sl_matrix* matrix, const float* rows, int32_t num_rows, float* out);

@@ -13,14 +13,15 @@ namespace SL_NS {
 class Engine {
   public:
     Engine(const sl_model& model, int num_threads)
-        : m_(model), shape_(model), team_(num_threads, model.num_layers * STAGES_PER_LAYER + STAGES_AT_THE_ENDS) {}
+        : m_(model), shape_(model), team_(num_threads), scratch_(num_threads) {}
 
     int run(const sl_step& step) {
         team_.use(step.num_threads);
         plan_.make(m_, shape_, step, team_.size());
         Work work{m_, shape_, step, plan_, team_, {}};
         if (!scratch_.take(m_, shape_, step, plan_, work.arrays)) return -1;
-        hidden_ = work.arrays.normed;
+        hidden_ = work.arrays.hidden;
+        num_rows_ = step.num_tokens;
         team_.run([&](Team::Member& me) {
             embed(work, me);
             for (int i = 0; i < m_.num_layers; i++) forward_layer(work, me, i);
@@ -29,7 +30,14 @@ class Engine {
         return 0;
     }
 
-    const float* hidden() const { return hidden_; }
+    // The last step's rows after the final norm, or null when there is no memory.
+    const float* hidden() {
+        const int64_t size = m_.hidden_size;
+        float* out = normed_.floats(num_rows_ * size);
+        for (int64_t row = 0; out && row < num_rows_; row++)
+            normalise(hidden_ + row * size, m_.final_norm, m_.norm, m_.norm_eps, size, out + row * size);
+        return out;
+    }
 
     int matmul(const sl_matrix& matrix, const float* rows, int num_rows, float* out) {
         if (!test_rows_.take(num_rows, matrix.num_in)) return -1;
@@ -52,7 +60,9 @@ class Engine {
     AttentionPlan plan_;
     Scratch scratch_;
     QuantBuffer test_rows_;
-    const float* hidden_ = nullptr;
+    Buffer normed_;
+    const float* hidden_ = nullptr;  // of the last step
+    int64_t num_rows_ = 0;
 };
 
 inline slipstream::Kernels kernels() {

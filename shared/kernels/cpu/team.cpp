@@ -45,8 +45,7 @@ void name_this_thread() {
 
 }  // namespace
 
-Team::Team(int num_threads, int max_stages)
-    : all_(num_threads), size_(num_threads), counters_(max_stages), calls_(num_threads) {
+Team::Team(int num_threads) : all_(num_threads), size_(num_threads), calls_(num_threads) {
     try {
         for (int i = 1; i < all_; i++) threads_.emplace_back([this, i] { serve(i); });
     } catch (...) {  // the system has no more threads to give
@@ -65,7 +64,7 @@ void Team::stop() {
 }
 
 void Team::run(const std::function<void(Member&)>& program) {
-    for (Counter& counter : counters_) counter.value.store(0, std::memory_order_relaxed);
+    for (Counter& counter : counters_[0]) counter.value.store(0, std::memory_order_relaxed);
     Member me;
     if (size_ == 1) {
         program(me);
@@ -74,7 +73,7 @@ void Team::run(const std::function<void(Member&)>& program) {
     program_ = &program;
     call_next(0);
     program(me);
-    meet();  // nobody may still look at `program` when the caller goes on
+    meet(me);  // nobody may still look at `program` when the caller goes on
 }
 
 // Each thread calls two others: with many of them no thread has all the calls to make.
@@ -85,30 +84,33 @@ void Team::call_next(int index) {
 void Team::serve(int index) {
     name_this_thread();
     for (uint32_t calls = 0;; calls++) {
-        await_change(calls_[index], calls, STEP_SPINS);
-        if (stopping_) return;
-        call_next(index);
         Member me;
         me.index = index;
+        await_change(calls_[index], calls, STEP_SPINS, me);
+        if (stopping_) return;
+        call_next(index);
         (*program_)(me);
-        meet();
+        meet(me);
     }
 }
 
-void Team::meet() {
+void Team::meet(Member& me) {
     uint32_t phase = phase_.value.load(std::memory_order_acquire);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
         arrived_.store(0, std::memory_order_relaxed);
         advance(phase_);
     } else {
-        await_change(phase_, phase, STAGE_SPINS);
+        await_change(phase_, phase, STAGE_SPINS, me);
     }
 }
 
-void Team::await_change(Word& word, uint32_t seen, int spins) {
+void Team::await_change(Word& word, uint32_t seen, int spins, Member& me) {
     for (int i = 0; i < spins; i++) {
         if (word.value.load(std::memory_order_acquire) != seen) return;
-        relax();
+        if (me.ahead < me.ahead_end)
+            me.fetch_line();
+        else
+            relax();
     }
     word.sleepers.fetch_add(1, std::memory_order_seq_cst);
     while (word.value.load(std::memory_order_seq_cst) == seen) sleep_while(word.value, seen);

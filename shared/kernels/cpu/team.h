@@ -1,5 +1,6 @@
-// A fixed team of threads that runs one step together: every thread runs the same program, and the items of each stage are
-// claimed from an atomic counter. So a thread that the system takes off its core delays one item, not its whole share.
+// A fixed team of threads that runs one step together: every thread runs the same program. The items of each stage lie in a
+// few ranges; a thread takes one after the other from its own range, so that it reads memory in order, and then helps in the
+// others. So a thread that the system takes off its core delays one item, not its whole share.
 // A run may use the first few threads only; the others sleep on.
 #pragma once
 
@@ -14,13 +15,21 @@ namespace slipstream {
 
 class Team {
   public:
-    // One thread's place in the program: how many stages it has passed.
+    // One thread's place in the program: how many stages it has passed, and memory it will read after a meeting to come,
+    // which it fetches into its cache while it waits.
     struct Member {
         int index = 0;
         int stage = 0;
+        const char* ahead = nullptr;
+        const char* ahead_end = nullptr;
+
+        void fetch_line() {
+            __builtin_prefetch(ahead, 0, 2);
+            ahead += 64;
+        }
     };
 
-    Team(int num_threads, int max_stages);
+    explicit Team(int num_threads);
     ~Team();
     Team(const Team&) = delete;
     Team& operator=(const Team&) = delete;
@@ -34,16 +43,31 @@ class Team {
     // Run `program` on the threads in use, the caller being one of them; returns when all are through.
     void run(const std::function<void(Member&)>& program);
 
+    // The first of `count` items that this thread takes in a stage.
+    int64_t first_item(const Member& me, int64_t count) const { return count * (me.index % num_ranges()) / num_ranges(); }
+
     // One stage: call work(i) for every i below `count`, each on some thread, then wait for all.
     template <typename Work>
     void each(Member& me, int64_t count, const Work& work) {
-        std::atomic<int64_t>& next = counters_[me.stage++].value;
         if (size_ == 1) {
             for (int64_t i = 0; i < count; i++) work(i);
             return;
         }
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(i);
-        meet();
+        const int ranges = num_ranges();
+        Counter* taken = counters_[me.stage % 2];
+        // Nobody has read the other stage's counter since the last meeting, and nobody will before the next one.
+        me.stage++;
+        if (me.index < ranges) counters_[me.stage % 2][me.index].value.store(0, std::memory_order_relaxed);
+        for (int turn = 0; turn < ranges; turn++) {
+            const int range = (me.index + turn) % ranges;
+            const int64_t begin = count * range / ranges, end = count * (range + 1) / ranges;
+            std::atomic<int64_t>& next = taken[range].value;
+            while (begin + next.load(std::memory_order_relaxed) < end) {
+                int64_t i = begin + next.fetch_add(1, std::memory_order_relaxed);
+                if (i < end) work(i);
+            }
+        }
+        meet(me);
     }
 
   private:
@@ -56,16 +80,20 @@ class Team {
         std::atomic<int> sleepers{0};
     };
 
-    void meet();
+    // Few, because who has finished looks into all of them.
+    static constexpr int MAX_RANGES = 8;
+
+    int num_ranges() const { return size_ < MAX_RANGES ? size_ : MAX_RANGES; }
+    void meet(Member& me);
     void stop();
     void serve(int index);
     void call_next(int index);
-    static void await_change(Word& word, uint32_t seen, int spins);
+    static void await_change(Word& word, uint32_t seen, int spins, Member& me);
     static void advance(Word& word);
 
     const int all_;
     int size_;  // changes between runs; only threads that were called for the run read it
-    std::vector<Counter> counters_;
+    Counter counters_[2][MAX_RANGES];  // items taken of each range, of this stage and the next in turn
     std::vector<Word> calls_;  // one for each thread: counts the runs it was called for
     alignas(64) std::atomic<int> arrived_{0};
     Word phase_;
