@@ -10,7 +10,21 @@ kernels = Extension(
     sources=[f"shared/kernels/cpu/{name}.cpp" for name in ("api", "team", "isa_scalar", "isa_avx2", "isa_avx512")],
     depends=[
         f"shared/kernels/cpu/{name}.h"
-        for name in ("attention", "gemm", "library", "rows", "sampling", "simd", "slipstream_cpu", "step", "team")
+        for name in (
+            *(
+                "attention",
+                "exact",
+                "filters",
+                "gemm",
+                "library",
+                "rows",
+                "sampling",
+                "simd",
+                "slipstream_cpu",
+                "step",
+                "team",
+            ),
+        )
     ],
     include_dirs=["shared/kernels/cpu"],
     extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread"],

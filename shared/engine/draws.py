@@ -9,11 +9,15 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.engine.batch import rows_with_logits
+from shared.engine.filters import is_filtered
 from shared.engine.scheduler import Scheduled
 from shared.engine.sequence import Sequence
 
-ELSEWHERE, GREEDY, GUMBEL = 0, 1, 2
-"""`sl_sample` of the C interface: left to the engine, argmax, Gumbel-max over the whole vocabulary."""
+ELSEWHERE, GREEDY, GUMBEL, FILTERED = 0, 1, 2, 3
+"""`sl_sample` of the C interface: left to the engine, argmax, Gumbel-max over all ids, over what filters leave."""
+
+_Row = tuple[int, int, int, int, float, int, float, float]
+_NOTHING: _Row = (ELSEWHERE, 0, 0, 0, 1.0, 0, 1.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,41 +29,47 @@ class Draws:
     ordinals: npt.NDArray[np.uint32]
     choices: npt.NDArray[np.uint32]
     temperatures: npt.NDArray[np.float64]
+    top_ks: npt.NDArray[np.int32]
+    top_ps: npt.NDArray[np.float64]
+    min_ps: npt.NDArray[np.float64]
 
 
 def plan_draws(plan: Sequence_[Scheduled]) -> Draws:
     """Ways for the rows that need nothing but the logits and the noise; all others are left to the sampler."""
-    rows: list[tuple[int, int, int, int, float]] = []
+    rows: list[_Row] = []
     for item in plan:
         count = len(rows_with_logits(item))
         if count:
-            rows += [(ELSEWHERE, 0, 0, 0, 1.0)] * (count - 1)
+            rows += [_NOTHING] * (count - 1)
             rows.append(_last_row(item))
-    ways, seeds, ordinals, choices, temperatures = zip(*rows, strict=True) if rows else ((), (), (), (), ())
+    ways, seeds, ordinals, choices, temperatures, *filters = zip(*rows, strict=True) if rows else ((),) * len(_NOTHING)
     return Draws(
         np.array(ways, dtype=np.int32),
         np.array(seeds, dtype=np.uint64),
         np.array(ordinals, dtype=np.uint32),
         np.array(choices, dtype=np.uint32),
         np.array(temperatures, dtype=np.float64),
+        np.array(filters[0], dtype=np.int32),
+        np.array(filters[1], dtype=np.float64),
+        np.array(filters[2], dtype=np.float64),
     )
 
 
-def _last_row(item: Scheduled) -> tuple[int, int, int, int, float]:
+def _last_row(item: Scheduled) -> _Row:
     sequence, params = item.sequence, item.sequence.params
     ends = sequence.num_computed + item.num_tokens == len(sequence.tokens)
-    if not ends or len(sequence.choices) != 1 or not _is_plain(sequence):
-        return ELSEWHERE, 0, 0, 0, 1.0
-    way = GREEDY if params.is_greedy else GUMBEL
-    return way, params.seed, sequence.num_output, sequence.choices[0], 1.0 if params.is_greedy else params.temperature
+    if not ends or len(sequence.choices) != 1 or _is_adjusted(sequence):
+        return _NOTHING
+    key = params.seed, sequence.num_output, sequence.choices[0]
+    if params.is_greedy:
+        return GREEDY, *key, 1.0, 0, 1.0, 0.0
+    way = FILTERED if is_filtered(params) else GUMBEL
+    return way, *key, params.temperature, params.top_k, params.top_p, params.min_p
 
 
-def _is_plain(sequence: Sequence) -> bool:
-    """Whether the draw reads the logits as they are: no bias, penalty, mask or filter."""
+def _is_adjusted(sequence: Sequence) -> bool:
+    """Whether a bias, penalty or mask comes between the logits and the draw."""
     params = sequence.params
-    adjusted: object = params.logit_bias or params.presence_penalty or params.frequency_penalty
-    adjusted = (
-        adjusted or params.repetition_penalty != 1.0 or (params.stop_ids and sequence.num_output < params.min_tokens)
-    )
-    filtered = params.top_k or params.top_p < 1.0 or params.min_p > 0.0
-    return not adjusted and (params.is_greedy or not filtered)
+    penalised = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
+    masked = params.stop_ids and sequence.num_output < params.min_tokens
+    return bool(params.logit_bias or penalised or masked)

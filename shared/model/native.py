@@ -35,6 +35,12 @@ class Draws(Protocol):
     def choices(self) -> npt.NDArray[np.uint32]: ...
     @property
     def temperatures(self) -> npt.NDArray[np.float64]: ...
+    @property
+    def top_ks(self) -> Int32: ...
+    @property
+    def top_ps(self) -> npt.NDArray[np.float64]: ...
+    @property
+    def min_ps(self) -> npt.NDArray[np.float64]: ...
 
 
 class NativeDecoder:
@@ -101,8 +107,9 @@ class NativeDecoder:
         for name in ("token_ids", "positions", "slots", "starts", "block_tables", "logit_rows"):
             arrays[name] = getattr(step, name)
         if draws is not None:
-            arrays |= {"sample": draws.ways, "seeds": draws.seeds, "ordinals": draws.ordinals}
-            arrays |= {"choices": draws.choices, "temperatures": draws.temperatures}
+            arrays["sample"] = draws.ways
+            for name in ("seeds", "ordinals", "choices", "temperatures", "top_ks", "top_ps", "min_ps"):
+                arrays[name] = getattr(draws, name)
         for name, array in arrays.items():
             setattr(call, name, array.ctypes.data)
         call.kv, call.num_blocks = kv.data_ptr(), kv.shape[1]

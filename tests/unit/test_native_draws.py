@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from shared.engine.batch import build_step
-from shared.engine.draws import ELSEWHERE, GREEDY, GUMBEL, plan_draws
+from shared.engine.draws import ELSEWHERE, FILTERED, GREEDY, GUMBEL, plan_draws
 from shared.engine.sampler import SampleInput, sample
 from shared.engine.scheduler import Scheduled
 from shared.engine.sequence import Sequence
@@ -64,6 +64,29 @@ def test_draws_equal_the_sampler(folder: Path, isa) -> None:  # type: ignore[no-
     assert len(set(drawn.tolist())) > 10
 
 
+@pytest.mark.parametrize("isa", isas())
+def test_filtered_draws_equal_the_sampler(folder: Path, isa) -> None:  # type: ignore[no-untyped-def]
+    decoder = native(folder, isa=isa, threads=2)
+    plan = [
+        planned(
+            index,
+            SamplingParams(
+                64,
+                1000 + index,
+                temperature=(0.5, 1.0, 3.0)[index % 3],
+                top_k=(0, 3, 20, 0)[index % 4],
+                top_p=(0.9, 1.0, 0.6, 0.95, 0.999)[index % 5],
+                min_p=(0.0, 0.02)[index % 2],
+            ),
+            num_output=index % 7,
+        )
+        for index in range(90)
+    ]
+    logits, drawn = run(decoder, plan)
+    assert drawn.tolist() == [wanted(item, row) for item, row in zip(plan, logits, strict=True)]
+    assert len(set(drawn.tolist())) > 10
+
+
 def test_ties_go_to_the_lowest_id(folder: Path) -> None:
     """Equal embeddings give equal logits for every token."""
     model = random_model("LlamaForCausalLM", heads=4, kv_heads=2, hidden_size=64, tie_word_embeddings=False)
@@ -80,9 +103,6 @@ def test_ties_go_to_the_lowest_id(folder: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"top_k": 5},
-        {"top_p": 0.9},
-        {"min_p": 0.1},
         {"presence_penalty": 0.5},
         {"frequency_penalty": 0.5},
         {"repetition_penalty": 1.2},
@@ -91,8 +111,18 @@ def test_ties_go_to_the_lowest_id(folder: Path) -> None:
     ],
 )
 def test_rows_that_need_more_than_logits_and_noise_are_left_to_the_sampler(change: dict[str, object]) -> None:
-    plan = [planned(0, SamplingParams(8, 1)), planned(1, SamplingParams(8, 1, **change))]  # type: ignore[arg-type]
-    assert plan_draws(plan).ways.tolist() == [GUMBEL, ELSEWHERE]
+    changed = [SamplingParams(8, 1, **change), SamplingParams(8, 1, top_p=0.9, **change)]  # type: ignore[arg-type]
+    plan = [planned(index, params) for index, params in enumerate([SamplingParams(8, 1), *changed])]
+    assert plan_draws(plan).ways.tolist() == [GUMBEL, ELSEWHERE, ELSEWHERE]
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_filtered_rows_are_planned_with_their_filters(filters: dict[str, float]) -> None:
+    draws = plan_draws([planned(0, SamplingParams(8, 1, **filters)), planned(1, SamplingParams(8, 1))])  # type: ignore[arg-type]
+    off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    assert draws.ways.tolist() == [FILTERED, GUMBEL]
+    for name, values in (("top_k", draws.top_ks), ("top_p", draws.top_ps), ("min_p", draws.min_ps)):
+        assert values.tolist() == [filters.get(name, off[name]), off[name]]
 
 
 def test_filters_do_not_matter_to_argmax_and_chunks_draw_nothing(folder: Path) -> None:

@@ -11,7 +11,7 @@ extern "C" {
 #endif
 
 // Changes whenever the bits of a result or a struct below change; the loader refuses another number.
-#define SL_ABI 1
+#define SL_ABI 2
 
 // How a matrix is stored. Rows are outputs. Tiles of 16 rows lie one after the other; inside a tile, blocks of 32 inputs
 // (16 for SL_Q8_FLOAT16): 16 scales, 16 minima where the kind has them, then the quants, 4 inputs of each of 16 rows at a
@@ -31,7 +31,7 @@ enum sl_norm { SL_NORM_RMS = 0, SL_NORM_LAYER = 1 };
 enum sl_activation { SL_SILU = 0, SL_GELU_TANH = 1, SL_RELU = 2 };
 enum sl_kv { SL_KV_F32 = 0, SL_KV_BF16 = 1 };
 enum sl_isa { SL_ISA_SCALAR = 0, SL_ISA_AVX2 = 1, SL_ISA_AVX512 = 2 };
-enum sl_sample { SL_SAMPLE_NONE = 0, SL_SAMPLE_GREEDY = 1, SL_SAMPLE_GUMBEL = 2 };
+enum sl_sample { SL_SAMPLE_NONE = 0, SL_SAMPLE_GREEDY = 1, SL_SAMPLE_GUMBEL = 2, SL_SAMPLE_FILTERED = 3 };
 
 // num_out and num_in are padded to multiples of 16 and 32.
 typedef struct {
@@ -80,13 +80,16 @@ typedef struct {
     void* kv;                     // [layer][block][k|v][kv_head]; k is [head_dim][slot], v is [slot][head_dim]
     int64_t num_blocks;
     float* logits;                // [num_logit_rows][vocab_size]
-    // Sampling of each logit row, or null: the row's way, and for SL_SAMPLE_GUMBEL its key.
+    // Sampling of each logit row, or null: the row's way, the noise's key, and for SL_SAMPLE_FILTERED what is left out.
     const int32_t* sample;
     const uint64_t* seeds;
     const uint32_t* ordinals;
     const uint32_t* choices;
     const double* temperatures;
-    int32_t* sampled;             // [num_logit_rows]; -1 where `sample` is SL_SAMPLE_NONE
+    const int32_t* top_ks;        // 0: off
+    const double* top_ps;         // 1: off
+    const double* min_ps;         // 0: off
+    int32_t* sampled;             // [num_logit_rows]; -1 where the row is left to the caller
 } sl_step;
 
 int32_t sl_abi(void);
@@ -98,6 +101,8 @@ int32_t sl_run(void* engine, const sl_step* step);                      // 0, or
 const float* sl_hidden(void* engine);
 // One product of float rows [num_rows][num_in] with a matrix, [num_rows][num_out]; for tests and benchmarks.
 int32_t sl_matmul(void* engine, const sl_matrix* matrix, const float* rows, int32_t num_rows, float* out);
+// Draws from the logits a step holds, of any width, on the calling thread; for tests and benchmarks.
+void sl_draw(void* engine, const sl_step* step, int32_t vocab_size);
 
 #ifdef __cplusplus
 }

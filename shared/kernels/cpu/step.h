@@ -401,7 +401,7 @@ class Engine {
         multiply(me, &m_.lm_head, 1, x, rows, [&](int64_t row, int64_t at, int count, const F16* values) {
             for (int t = 0; t < count; t++) store_logits(s_->logits + (row + t) * m_.vocab_size, at, values[t]);
         });
-        if (s_->sample) team_.each(me, rows, [&](int64_t row) { s_->sampled[row] = draw(row); });
+        if (s_->sample) team_.each(me, rows, [&](int64_t row) { s_->sampled[row] = draw(*s_, row, m_.vocab_size); });
     }
 
     void store_logits(float* row, int64_t at, F16 values) {
@@ -412,13 +412,6 @@ class Engine {
         float tail[LANES];
         f_store(tail, values);
         for (int64_t i = at; i < m_.vocab_size; i++) row[i] = tail[i - at];
-    }
-
-    int32_t draw(int64_t row) {
-        const float* logits = s_->logits + row * m_.vocab_size;
-        if (s_->sample[row] == SL_SAMPLE_GREEDY) return draw_greedy(logits, m_.vocab_size);
-        if (s_->sample[row] == SL_SAMPLE_NONE) return -1;
-        return draw_gumbel(logits, m_.vocab_size, s_->temperatures[row], s_->seeds[row], s_->ordinals[row], s_->choices[row]);
     }
 
     static constexpr int MAX_HEAD_DIM = 256;
@@ -447,6 +440,7 @@ struct Kernels {
     int (*run)(void*, const sl_step*);
     const float* (*hidden)(void*);
     int (*matmul)(void*, const sl_matrix*, const float*, int, float*);
+    void (*draw)(const sl_step*, int32_t);
 };
 
 }  // namespace slipstream
@@ -460,6 +454,9 @@ inline slipstream::Kernels kernels() {
             [](void* engine) { return ((Engine*)engine)->hidden(); },
             [](void* engine, const sl_matrix* matrix, const float* rows, int n, float* out) {
                 return ((Engine*)engine)->matmul(*matrix, rows, n, out);
+            },
+            [](const sl_step* step, int32_t vocab_size) {
+                for (int64_t row = 0; row < step->num_logit_rows; row++) step->sampled[row] = draw(*step, row, vocab_size);
             }};
 }
 
