@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from shared.engine.adjustments import Adjustments, adjustments_of, joined
 from shared.engine.batch import rows_with_logits
 from shared.engine.filters import is_filtered
+from shared.engine.sampler import is_adjusted
 from shared.engine.scheduler import Scheduled
-from shared.engine.sequence import Sequence
 
 ELSEWHERE, GREEDY, GUMBEL, FILTERED = 0, 1, 2, 3
 """`sl_sample` of the C interface: left to the engine, argmax, Gumbel-max over all ids, over what filters leave."""
@@ -32,44 +33,56 @@ class Draws:
     top_ks: npt.NDArray[np.int32]
     top_ps: npt.NDArray[np.float64]
     min_ps: npt.NDArray[np.float64]
+    adjust_starts: npt.NDArray[np.int64]  # [num_logit_rows + 1]
+    adjust_ids: npt.NDArray[np.int32]
+    adjust_kinds: npt.NDArray[np.int32]
+    adjust_values: npt.NDArray[np.float32]
 
 
 def plan_draws(plan: Sequence_[Scheduled]) -> Draws:
-    """Ways for the rows that need nothing but the logits and the noise; all others are left to the sampler."""
+    """Ways for the rows of sequences with one choice whose tokens end here; all others are left to the sampler."""
     rows: list[_Row] = []
+    starts: list[int] = [0]
+    adjustments: list[Adjustments] = []
     for item in plan:
         count = len(rows_with_logits(item))
-        if count:
-            rows += [_NOTHING] * (count - 1)
-            rows.append(_last_row(item))
-    ways, seeds, ordinals, choices, temperatures, *filters = zip(*rows, strict=True) if rows else ((),) * len(_NOTHING)
+        if not count:
+            continue
+        rows += [_NOTHING] * (count - 1)
+        rows.append(_last_row(item))
+        starts += [starts[-1]] * count
+        if rows[-1] is not _NOTHING and is_adjusted(item.sequence.params, item.sequence.num_output):
+            adjustments.append(adjustments_of(item.sequence.sample_input(item.sequence.choices[0])))
+            starts[-1] += len(adjustments[-1].ids)
+    return _as_arrays(rows, starts, joined(adjustments))
+
+
+def _as_arrays(rows: list[_Row], starts: list[int], adjustments: Adjustments) -> Draws:
+    columns = zip(*rows, strict=True) if rows else ((),) * len(_NOTHING)
+    ways, seeds, ordinals, choices, temperatures, top_ks, top_ps, min_ps = columns
     return Draws(
         np.array(ways, dtype=np.int32),
         np.array(seeds, dtype=np.uint64),
         np.array(ordinals, dtype=np.uint32),
         np.array(choices, dtype=np.uint32),
         np.array(temperatures, dtype=np.float64),
-        np.array(filters[0], dtype=np.int32),
-        np.array(filters[1], dtype=np.float64),
-        np.array(filters[2], dtype=np.float64),
+        np.array(top_ks, dtype=np.int32),
+        np.array(top_ps, dtype=np.float64),
+        np.array(min_ps, dtype=np.float64),
+        np.array(starts, dtype=np.int64),
+        adjustments.ids,
+        adjustments.kinds,
+        adjustments.values,
     )
 
 
 def _last_row(item: Scheduled) -> _Row:
     sequence, params = item.sequence, item.sequence.params
     ends = sequence.num_computed + item.num_tokens == len(sequence.tokens)
-    if not ends or len(sequence.choices) != 1 or _is_adjusted(sequence):
+    if not ends or len(sequence.choices) != 1:
         return _NOTHING
     key = params.seed, sequence.num_output, sequence.choices[0]
     if params.is_greedy:
         return GREEDY, *key, 1.0, 0, 1.0, 0.0
     way = FILTERED if is_filtered(params) else GUMBEL
     return way, *key, params.temperature, params.top_k, params.top_p, params.min_p
-
-
-def _is_adjusted(sequence: Sequence) -> bool:
-    """Whether a bias, penalty or mask comes between the logits and the draw."""
-    params = sequence.params
-    penalised = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
-    masked = params.stop_ids and sequence.num_output < params.min_tokens
-    return bool(params.logit_bias or penalised or masked)

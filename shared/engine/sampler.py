@@ -53,19 +53,23 @@ def sample(logits: F32, request: SampleInput) -> int:
 
 def adjust(logits: F32, request: SampleInput) -> F32:
     """Apply logit_bias, penalties and the min_tokens mask; copies only when something changes."""
-    params, output_ids = request.params, request.output_ids
-    penalised = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
-    masked = params.stop_ids and len(output_ids) < params.min_tokens
-    if not (params.logit_bias or penalised or masked):
+    params = request.params
+    if not is_adjusted(params, len(request.output_ids)):
         return logits
     logits = logits.copy()
     for token_id, bias in params.logit_bias:
         logits[token_id] += np.float32(bias)
-    if penalised:
-        _penalise(logits, request)
-    if masked:
+    _penalise(logits, request)
+    if len(request.output_ids) < params.min_tokens:
         logits[list(params.stop_ids)] = -np.inf
     return logits
+
+
+def is_adjusted(params: SamplingParams, num_output: int) -> bool:
+    """Whether a bias, a penalty or the min_tokens mask comes between the logits and the draw."""
+    penalised = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
+    masked = params.stop_ids and num_output < params.min_tokens
+    return bool(params.logit_bias or penalised or masked)
 
 
 def _penalise(logits: F32, request: SampleInput) -> None:

@@ -16,6 +16,13 @@ ABI = 2
 """`SL_ABI` of the header this file mirrors."""
 
 
+DRAW_ARRAYS = (
+    *("seeds", "ordinals", "choices", "temperatures", "top_ks", "top_ps", "min_ps"),
+    *("adjust_starts", "adjust_ids", "adjust_kinds", "adjust_values"),
+)
+"""What `sl_step` holds for the rows it draws, beside their ways."""
+
+
 class Isa(IntEnum):
     """Instruction sets the library has code for; all give the same bits."""
 
@@ -74,8 +81,7 @@ class CStep(Structure):
             for name in ("token_ids", "positions", "slots", "starts", "block_tables", "logit_rows", "kv")
         ),
         ("num_blocks", c_int64),
-        *((name, c_void_p) for name in ("logits", "sample", "seeds", "ordinals", "choices", "temperatures")),
-        *((name, c_void_p) for name in ("top_ks", "top_ps", "min_ps", "sampled")),
+        *((name, c_void_p) for name in ("logits", "sample", *DRAW_ARRAYS, "sampled")),
     ]
 
 

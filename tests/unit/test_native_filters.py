@@ -47,6 +47,7 @@ def draw_rows(request: pytest.FixtureRequest) -> Iterator[DrawRows]:
         arrays["top_ks"] = np.array([one.top_k for one in params], dtype=np.int32)
         for name in ("temperature", "top_p", "min_p"):
             arrays[f"{name}s"] = np.array([getattr(one, name) for one in params], dtype=np.float64)
+        arrays["adjust_starts"] = np.zeros(len(asked) + 1, dtype=np.int64)
         step = CStep(num_logit_rows=len(asked))
         for name, array in arrays.items():
             setattr(step, name, array.ctypes.data)

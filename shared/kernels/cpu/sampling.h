@@ -129,19 +129,42 @@ inline int32_t draw_filtered(const float* logits, int32_t size, double temperatu
     return contest.winner();
 }
 
-// One row of a step, in its way.
-inline int32_t draw(const sl_step& step, int64_t row, int32_t vocab_size) {
+// A row's logits with its adjustments made; null when there is no memory or an id is none of the vocabulary.
+inline const float* adjusted(const sl_step& step, int64_t row, int32_t vocab_size) {
     const float* logits = step.logits + row * vocab_size;
+    int64_t begin = step.adjust_starts[row], end = step.adjust_starts[row + 1];
+    if (begin == end) return logits;
+    static thread_local std::unique_ptr<float[]> copy;
+    static thread_local int32_t size = 0;
+    if (size < vocab_size) {
+        copy.reset(new (std::nothrow) float[vocab_size]);
+        size = copy ? vocab_size : 0;
+    }
+    if (!copy) return nullptr;
+    std::memcpy(copy.get(), logits, sizeof(float) * vocab_size);
+    for (int64_t i = begin; i < end; i++) {
+        if (step.adjust_ids[i] < 0 || step.adjust_ids[i] >= vocab_size) return nullptr;
+        float value = step.adjust_values[i], &logit = copy[step.adjust_ids[i]];
+        if (step.adjust_kinds[i] == SL_ADJUST_ADD)
+            logit += value;
+        else
+            logit = logit > 0.0f ? logit / value : logit * value;
+    }
+    return copy.get();
+}
+
+// One row of a step, in its way; -1 where it is left to the caller.
+inline int32_t draw(const sl_step& step, int64_t row, int32_t vocab_size) {
+    if (step.sample[row] == SL_SAMPLE_NONE) return -1;
+    const float* logits = adjusted(step, row, vocab_size);
+    if (!logits) return -1;
     const NoiseKey key{step.seeds[row], step.ordinals[row], step.choices[row]};
     switch (step.sample[row]) {
         case SL_SAMPLE_GREEDY: return draw_greedy(logits, vocab_size);
         case SL_SAMPLE_GUMBEL: return draw_gumbel(logits, vocab_size, step.temperatures[row], key);
-        case SL_SAMPLE_FILTERED: {
-            const Filters filters{step.top_ks[row], step.top_ps[row], step.min_ps[row]};
-            return draw_filtered(logits, vocab_size, step.temperatures[row], filters, key);
-        }
-        default: return -1;
     }
+    const Filters filters{step.top_ks[row], step.top_ps[row], step.min_ps[row]};
+    return draw_filtered(logits, vocab_size, step.temperatures[row], filters, key);
 }
 
 }  // namespace SL_NS

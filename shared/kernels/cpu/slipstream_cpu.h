@@ -32,6 +32,8 @@ enum sl_activation { SL_SILU = 0, SL_GELU_TANH = 1, SL_RELU = 2 };
 enum sl_kv { SL_KV_F32 = 0, SL_KV_BF16 = 1 };
 enum sl_isa { SL_ISA_SCALAR = 0, SL_ISA_AVX2 = 1, SL_ISA_AVX512 = 2 };
 enum sl_sample { SL_SAMPLE_NONE = 0, SL_SAMPLE_GREEDY = 1, SL_SAMPLE_GUMBEL = 2, SL_SAMPLE_FILTERED = 3 };
+// Add the value; or divide by it what is positive and multiply by it what is not.
+enum sl_adjust { SL_ADJUST_ADD = 0, SL_ADJUST_PENALISE = 1 };
 
 // num_out and num_in are padded to multiples of 16 and 32.
 typedef struct {
@@ -89,6 +91,11 @@ typedef struct {
     const int32_t* top_ks;        // 0: off
     const double* top_ps;         // 1: off
     const double* min_ps;         // 0: off
+    // Changes of single logits before a row is drawn, in this order; the logits themselves stay as they are.
+    const int64_t* adjust_starts;  // [num_logit_rows + 1]
+    const int32_t* adjust_ids;
+    const int32_t* adjust_kinds;
+    const float* adjust_values;
     int32_t* sampled;             // [num_logit_rows]; -1 where the row is left to the caller
 } sl_step;
 
