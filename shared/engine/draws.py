@@ -8,12 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from shared.engine.adjustments import Adjustments, adjustments_of, joined
 from shared.engine.batch import rows_with_logits
+from shared.engine.filters import is_filtered
+from shared.engine.sampler import is_adjusted
 from shared.engine.scheduler import Scheduled
-from shared.engine.sequence import Sequence
 
-ELSEWHERE, GREEDY, GUMBEL = 0, 1, 2
-"""`sl_sample` of the C interface: left to the engine, argmax, Gumbel-max over the whole vocabulary."""
+ELSEWHERE, GREEDY, GUMBEL, FILTERED = 0, 1, 2, 3
+"""`sl_sample` of the C interface: left to the engine, argmax, Gumbel-max over all ids, over what filters leave."""
+
+_Row = tuple[int, int, int, int, float, int, float, float]
+_NOTHING: _Row = (ELSEWHERE, 0, 0, 0, 1.0, 0, 1.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,41 +30,59 @@ class Draws:
     ordinals: npt.NDArray[np.uint32]
     choices: npt.NDArray[np.uint32]
     temperatures: npt.NDArray[np.float64]
+    top_ks: npt.NDArray[np.int32]
+    top_ps: npt.NDArray[np.float64]
+    min_ps: npt.NDArray[np.float64]
+    adjust_starts: npt.NDArray[np.int64]  # [num_logit_rows + 1]
+    adjust_ids: npt.NDArray[np.int32]
+    adjust_kinds: npt.NDArray[np.int32]
+    adjust_values: npt.NDArray[np.float32]
 
 
 def plan_draws(plan: Sequence_[Scheduled]) -> Draws:
-    """Ways for the rows that need nothing but the logits and the noise; all others are left to the sampler."""
-    rows: list[tuple[int, int, int, int, float]] = []
+    """Ways for the rows of sequences with one choice whose tokens end here; all others are left to the sampler."""
+    rows: list[_Row] = []
+    starts: list[int] = [0]
+    adjustments: list[Adjustments] = []
     for item in plan:
         count = len(rows_with_logits(item))
-        if count:
-            rows += [(ELSEWHERE, 0, 0, 0, 1.0)] * (count - 1)
-            rows.append(_last_row(item))
-    ways, seeds, ordinals, choices, temperatures = zip(*rows, strict=True) if rows else ((), (), (), (), ())
+        if not count:
+            continue
+        rows += [_NOTHING] * (count - 1)
+        rows.append(_last_row(item))
+        starts += [starts[-1]] * count
+        if rows[-1] is not _NOTHING and is_adjusted(item.sequence.params, item.sequence.num_output):
+            adjustments.append(adjustments_of(item.sequence.sample_input(item.sequence.choices[0])))
+            starts[-1] += len(adjustments[-1].ids)
+    return _as_arrays(rows, starts, joined(adjustments))
+
+
+def _as_arrays(rows: list[_Row], starts: list[int], adjustments: Adjustments) -> Draws:
+    columns = zip(*rows, strict=True) if rows else ((),) * len(_NOTHING)
+    ways, seeds, ordinals, choices, temperatures, top_ks, top_ps, min_ps = columns
     return Draws(
         np.array(ways, dtype=np.int32),
         np.array(seeds, dtype=np.uint64),
         np.array(ordinals, dtype=np.uint32),
         np.array(choices, dtype=np.uint32),
         np.array(temperatures, dtype=np.float64),
+        np.array(top_ks, dtype=np.int32),
+        np.array(top_ps, dtype=np.float64),
+        np.array(min_ps, dtype=np.float64),
+        np.array(starts, dtype=np.int64),
+        adjustments.ids,
+        adjustments.kinds,
+        adjustments.values,
     )
 
 
-def _last_row(item: Scheduled) -> tuple[int, int, int, int, float]:
+def _last_row(item: Scheduled) -> _Row:
     sequence, params = item.sequence, item.sequence.params
     ends = sequence.num_computed + item.num_tokens == len(sequence.tokens)
-    if not ends or len(sequence.choices) != 1 or not _is_plain(sequence):
-        return ELSEWHERE, 0, 0, 0, 1.0
-    way = GREEDY if params.is_greedy else GUMBEL
-    return way, params.seed, sequence.num_output, sequence.choices[0], 1.0 if params.is_greedy else params.temperature
-
-
-def _is_plain(sequence: Sequence) -> bool:
-    """Whether the draw reads the logits as they are: no bias, penalty, mask or filter."""
-    params = sequence.params
-    adjusted: object = params.logit_bias or params.presence_penalty or params.frequency_penalty
-    adjusted = (
-        adjusted or params.repetition_penalty != 1.0 or (params.stop_ids and sequence.num_output < params.min_tokens)
-    )
-    filtered = params.top_k or params.top_p < 1.0 or params.min_p > 0.0
-    return not adjusted and (params.is_greedy or not filtered)
+    if not ends or len(sequence.choices) != 1:
+        return _NOTHING
+    key = params.seed, sequence.num_output, sequence.choices[0]
+    if params.is_greedy:
+        return GREEDY, *key, 1.0, 0, 1.0, 0.0
+    way = FILTERED if is_filtered(params) else GUMBEL
+    return way, *key, params.temperature, params.top_k, params.top_p, params.min_p

@@ -10,6 +10,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from shared.engine.exact import logarithm
+
 U32 = npt.NDArray[np.uint32]
 U64 = npt.NDArray[np.uint64]
 F32 = npt.NDArray[np.float32]
@@ -57,18 +59,18 @@ def random_bits_of(ids: Ids, seed: int, choice: int, ordinal: int, domain: int =
 
 
 def gumbel(bits: U32) -> F32:
-    """Standard Gumbel values from random bits: u = (x + 0.5)·2⁻³², G = −log(−log1p(−u)), in float64.
+    """Standard Gumbel values from random bits: u = (x + 0.5)·2⁻³², G = −log(−log(1 − u)), in float64.
 
-    Rounded once, to float32: in float32 arithmetic u would reach 1 and G infinity.
+    Rounded once, to float32: in float32 arithmetic u would reach 1 and G infinity. In float64 u and 1 − u are exact.
     """
     u = (bits.astype(np.float64) + 0.5) * 2.0**-32
-    return (-np.log(-np.log1p(-u))).astype(np.float32)
+    return (-logarithm(-logarithm(1.0 - u))).astype(np.float32)
 
 
 def gumbel_upper_bound(bits: U32) -> F32:
     """A cheap value that `gumbel(bits)` never exceeds, from the leading zeros of the bits.
 
-    −log1p(−u) ≥ u, so G ≤ −log u, and u ≥ 2^(e−32) where 2^e is the highest power of two in x (2⁻³³ for x = 0).
+    −log(1 − u) ≥ u, so G ≤ −log u, and u ≥ 2^(e−32) where 2^e is the highest power of two in x (2⁻³³ for x = 0).
     """
     exponent = np.frexp(bits.astype(np.float64) + 0.5)[1]  # x + 0.5 is in [2^(exponent-1), 2^exponent)
     return ((33 - exponent) * _LN2 + 1e-5).astype(np.float32)

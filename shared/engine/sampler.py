@@ -4,7 +4,7 @@ No state, no random generator: Gumbel-max with the keyed noise of `shared.engine
 draws the same tokens on any worker, in any batch, before and after a crash, and under speculation.
 
 Order: logit_bias, penalties, min_tokens mask, temperature, top_k, top_p, min_p, then the largest
-float32(logit / T) + G; ties go to the lowest id. Filters break ties by (value descending, id ascending).
+float32(logit / T) + G; ties go to the lowest id. What the filters keep is defined in `shared.engine.filters`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shared.engine import noise
+from shared.engine.filters import is_filtered, surviving_ids, top_k_ids
 from shared.engine.noise import F32, Ids
 from shared.protocol.messages import TokenLogprob
 from shared.protocol.sampling import SamplingParams
@@ -45,26 +46,30 @@ def sample(logits: F32, request: SampleInput) -> int:
         return int(np.argmax(logits))
     scaled = (logits.astype(np.float64) / params.temperature).astype(np.float32)
     ordinal = len(request.output_ids)
-    if not (params.top_k or params.top_p < 1.0 or params.min_p > 0.0):
+    if not is_filtered(params):
         return draw_unfiltered(scaled, params.seed, request.choice, ordinal)
     return draw(scaled, surviving_ids(scaled, params), params.seed, request.choice, ordinal)
 
 
 def adjust(logits: F32, request: SampleInput) -> F32:
     """Apply logit_bias, penalties and the min_tokens mask; copies only when something changes."""
-    params, output_ids = request.params, request.output_ids
-    penalised = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
-    masked = params.stop_ids and len(output_ids) < params.min_tokens
-    if not (params.logit_bias or penalised or masked):
+    params = request.params
+    if not is_adjusted(params, len(request.output_ids)):
         return logits
     logits = logits.copy()
     for token_id, bias in params.logit_bias:
         logits[token_id] += np.float32(bias)
-    if penalised:
-        _penalise(logits, request)
-    if masked:
+    _penalise(logits, request)
+    if len(request.output_ids) < params.min_tokens:
         logits[list(params.stop_ids)] = -np.inf
     return logits
+
+
+def is_adjusted(params: SamplingParams, num_output: int) -> bool:
+    """Whether a bias, a penalty or the min_tokens mask comes between the logits and the draw."""
+    penalised = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
+    masked = params.stop_ids and num_output < params.min_tokens
+    return bool(params.logit_bias or penalised or masked)
 
 
 def _penalise(logits: F32, request: SampleInput) -> None:
@@ -79,42 +84,8 @@ def _penalise(logits: F32, request: SampleInput) -> None:
         logits[ids] -= np.float32(params.presence_penalty)
 
 
-def surviving_ids(scaled: F32, params: SamplingParams) -> Ids:
-    """Ids that pass top_k, then top_p over what is left, then min_p; never empty."""
-    ids = _top_k_ids(scaled, params.top_k) if 0 < params.top_k < len(scaled) else _finite_ids(scaled)
-    values = scaled[ids].astype(np.float64)
-    weights = np.exp(values - values.max())
-    if params.top_p < 1.0:
-        total = weights.sum()
-        # All ids below this weight together hold less than 1 - top_p, so the nucleus never needs them.
-        ids, weights = _keep(ids, weights, weights >= total * (1.0 - params.top_p) / len(scaled))
-        order = np.lexsort((ids, -weights))
-        before = np.cumsum(weights[order]) - weights[order]
-        kept = order[before < params.top_p * total]
-        ids, weights = ids[kept], weights[kept]
-    if params.min_p > 0.0:
-        ids, weights = _keep(ids, weights, weights >= params.min_p * weights.max())
-    return ids
-
-
-def _top_k_ids(scaled: F32, k: int) -> Ids:
-    threshold = np.partition(scaled, len(scaled) - k)[len(scaled) - k]
-    above = np.flatnonzero(scaled > threshold)
-    tied = np.flatnonzero(scaled == threshold)[: k - len(above)]
-    return np.concatenate((above, tied)).astype(np.int64)
-
-
-def _finite_ids(scaled: F32) -> Ids:
-    return np.flatnonzero(scaled > -np.inf).astype(np.int64)
-
-
-def _keep(ids: Ids, weights: np.ndarray, mask: np.ndarray) -> tuple[Ids, np.ndarray]:
-    return ids[mask], weights[mask]
-
-
 def draw(scaled: F32, ids: Ids, seed: int, choice: int, ordinal: int) -> int:
-    """Gumbel-max over the given ids only: noise is keyed by id, so the others need none."""
-    ids = np.sort(ids)
+    """Gumbel-max over the given ascending ids only: noise is keyed by id, so the others need none."""
     scores = scaled[ids] + noise.gumbel(noise.random_bits_of(ids, seed, choice, ordinal))
     return int(ids[np.argmax(scores)])
 
@@ -147,7 +118,7 @@ def token_logprob(logits: F32, token_id: int, num_top: int) -> TokenLogprob:
     log_total = peak + np.log(np.exp(values - peak).sum())
     top: tuple[tuple[int, float], ...] = ()
     if num_top:
-        ids = _top_k_ids(logits, min(num_top, len(logits)))
+        ids = top_k_ids(logits, min(num_top, len(logits)))
         ids = ids[np.lexsort((ids, -values[ids]))]
         top = tuple((int(i), float(values[i] - log_total)) for i in ids)
     return TokenLogprob(float(values[token_id] - log_total), top)

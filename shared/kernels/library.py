@@ -16,6 +16,13 @@ ABI = 2
 """`SL_ABI` of the header this file mirrors."""
 
 
+DRAW_ARRAYS = (
+    *("seeds", "ordinals", "choices", "temperatures", "top_ks", "top_ps", "min_ps"),
+    *("adjust_starts", "adjust_ids", "adjust_kinds", "adjust_values"),
+)
+"""What `sl_step` holds for the rows it draws, beside their ways."""
+
+
 class Isa(IntEnum):
     """Instruction sets the library has code for; all give the same bits."""
 
@@ -74,7 +81,7 @@ class CStep(Structure):
             for name in ("token_ids", "positions", "slots", "starts", "block_tables", "logit_rows", "kv")
         ),
         ("num_blocks", c_int64),
-        *((name, c_void_p) for name in ("logits", "sample", "seeds", "ordinals", "choices", "temperatures", "sampled")),
+        *((name, c_void_p) for name in ("logits", "sample", *DRAW_ARRAYS, "sampled")),
     ]
 
 
@@ -90,6 +97,7 @@ class Library:
         self._functions.sl_hidden.restype = c_void_p
         self._functions.sl_hidden.argtypes = [c_void_p]
         self._functions.sl_matmul.argtypes = [c_void_p, c_void_p, c_void_p, c_int32, c_void_p]
+        self._functions.sl_draw.argtypes = [c_void_p, c_void_p, c_int32]
         if self._functions.sl_abi() != ABI:
             raise OSError(f"{path} was built from another version of the sources; install Slipstream again")
         self.best_isa = Isa(self._functions.sl_best_isa())
@@ -120,6 +128,10 @@ class Library:
         """Product of float32 rows with a matrix, both as addresses. Raises MemoryError."""
         if self._functions.sl_matmul(engine, ctypes.addressof(matrix), rows, num_rows, out):
             raise MemoryError("no memory for the product's activations")
+
+    def draw(self, engine: int, step: CStep, vocab_size: int) -> None:
+        """Draw from the logits that `step` holds, on this thread."""
+        self._functions.sl_draw(engine, ctypes.addressof(step), vocab_size)
 
 
 @cache

@@ -18,6 +18,7 @@ from shared.kv.layout import KVLayout
 from shared.model.batch import AttentionGroup, ForwardBatch, padded_rows
 from shared.model.language_model import LanguageModel
 from shared.model.source import ModelSource
+from shared.protocol.sampling import DRAWS_VERSION
 
 _ROW_COUNTS = (1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 17, 20)
 _CHUNK_SIZES = (1, 2, 3, 5, 7, 11, 33)
@@ -59,6 +60,7 @@ def numerics_fingerprint(decoder: LanguageModel, source: ModelSource, kv_dtype: 
     layout = KVLayout(decoder.num_layers, config.num_kv_heads, config.head_dim, 16, kv_dtype)
     parts = [
         decoder.kernel_set,
+        f"draws-{DRAWS_VERSION}",
         str(decoder.dtype),
         kv_dtype,
         str(decoder.row_pad),

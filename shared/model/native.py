@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from shared.kernels.library import ABI, CModel, CStep, Isa, Library
+from shared.kernels.library import ABI, DRAW_ARRAYS, CModel, CStep, Isa, Library
 from shared.model.batch import ForwardBatch, Int32, RaggedStep
 from shared.model.config import ModelConfig
 from shared.model.native_weights import NativeWeights
@@ -35,6 +35,20 @@ class Draws(Protocol):
     def choices(self) -> npt.NDArray[np.uint32]: ...
     @property
     def temperatures(self) -> npt.NDArray[np.float64]: ...
+    @property
+    def top_ks(self) -> Int32: ...
+    @property
+    def top_ps(self) -> npt.NDArray[np.float64]: ...
+    @property
+    def min_ps(self) -> npt.NDArray[np.float64]: ...
+    @property
+    def adjust_starts(self) -> npt.NDArray[np.int64]: ...
+    @property
+    def adjust_ids(self) -> Int32: ...
+    @property
+    def adjust_kinds(self) -> Int32: ...
+    @property
+    def adjust_values(self) -> F32: ...
 
 
 class NativeDecoder:
@@ -102,8 +116,8 @@ class NativeDecoder:
         for name in ("token_ids", "positions", "slots", "starts", "block_tables", "logit_rows"):
             arrays[name] = getattr(step, name)
         if draws is not None:
-            arrays |= {"sample": draws.ways, "seeds": draws.seeds, "ordinals": draws.ordinals}
-            arrays |= {"choices": draws.choices, "temperatures": draws.temperatures}
+            arrays["sample"] = draws.ways
+            arrays |= {name: getattr(draws, name) for name in DRAW_ARRAYS}
         for name, array in arrays.items():
             setattr(call, name, array.ctypes.data)
         call.kv, call.num_blocks = kv.data_ptr(), kv.shape[1]

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+DRAWS_VERSION = 2
+"""Part of the numerics fingerprint; changes whenever the same logits and parameters could give another token."""
+
 MAX_CHOICES = 64
 MAX_LOGPROBS = 20
 MAX_STOP_IDS = 64

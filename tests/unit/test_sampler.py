@@ -18,7 +18,6 @@ from shared.engine.sampler import (
     draw_over_all,
     draw_unfiltered,
     sample,
-    surviving_ids,
     token_logprob,
 )
 from shared.protocol.sampling import SamplingParams
@@ -33,42 +32,10 @@ def random_logits(seed: int, size: int = 97) -> np.ndarray:
     return (np.random.default_rng(seed).standard_normal(size) * 3).astype(np.float32)
 
 
-def slow_survivors(scaled: np.ndarray, params: SamplingParams) -> list[int]:
-    """Filters one after the other over a plain sorted list."""
-    ranked = sorted(range(len(scaled)), key=lambda i: (-float(scaled[i]), i))
-    if params.top_k:
-        ranked = ranked[: params.top_k]
-    peak = float(scaled[ranked[0]])
-    weights = [math.exp(float(scaled[i]) - peak) for i in ranked]
-    kept, before = [], 0.0
-    for i, weight in zip(ranked, weights, strict=True):
-        if before < params.top_p * sum(weights):
-            kept.append(i)
-        before += weight
-    return sorted(i for i in kept if math.exp(float(scaled[i]) - peak) >= params.min_p)
-
-
 def test_zero_temperature_is_argmax_with_ties_to_the_lowest_id() -> None:
     logits = np.array([1.0, 3.0, 3.0, 2.0], dtype=np.float32)
     assert sample(logits, request(temperature=0.0)) == 1
     assert sample(logits, request(temperature=0.0, top_p=0.1, top_k=1)) == 1
-
-
-@given(
-    seed=st.integers(0, 1000),
-    top_k=st.sampled_from([0, 1, 2, 7, 50, 97, 500]),
-    top_p=st.sampled_from([1.0, 0.99, 0.9, 0.5, 0.01]),
-    min_p=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
-)
-def test_filters_equal_the_slow_version(seed: int, top_k: int, top_p: float, min_p: float) -> None:
-    scaled = random_logits(seed)
-    params = SamplingParams(max_tokens=1, seed=0, top_k=top_k, top_p=top_p, min_p=min_p)
-    assert sorted(surviving_ids(scaled, params).tolist()) == slow_survivors(scaled, params)
-
-
-def test_filter_ties_are_broken_by_id() -> None:
-    scaled = np.array([1.0, 2.0, 1.0, 1.0], dtype=np.float32)
-    assert sorted(surviving_ids(scaled, SamplingParams(1, 0, top_k=2)).tolist()) == [0, 1]
 
 
 @settings(max_examples=60)

@@ -74,4 +74,6 @@ int32_t sl_matmul(void* engine, const sl_matrix* matrix, const float* rows, int3
         return -1;
     }
 }
+
+void sl_draw(void* engine, const sl_step* step, int32_t vocab_size) { ((Handle*)engine)->kernels.draw(step, vocab_size); }
 }

@@ -27,13 +27,6 @@ inline void store_logits(float* row, int64_t at, int64_t vocab_size, F16 values)
     for (int64_t i = at; i < vocab_size; i++) row[i] = tail[i - at];
 }
 
-inline int32_t draw(const sl_step& s, int32_t vocab_size, int64_t row) {
-    const float* logits = s.logits + row * vocab_size;
-    if (s.sample[row] == SL_SAMPLE_GREEDY) return draw_greedy(logits, vocab_size);
-    if (s.sample[row] == SL_SAMPLE_NONE) return -1;
-    return draw_gumbel(logits, vocab_size, s.temperatures[row], s.seeds[row], s.ordinals[row], s.choices[row]);
-}
-
 inline void finish(const Work& work, Team::Member& me) {
     const sl_model& m = work.model;
     const sl_step& s = work.step;
@@ -50,7 +43,7 @@ inline void finish(const Work& work, Team::Member& me) {
                  for (int t = 0; t < count; t++)
                      store_logits(s.logits + (row + t) * m.vocab_size, at, m.vocab_size, values[t]);
              });
-    if (s.sample) work.team.each(me, rows, [&](int64_t row) { s.sampled[row] = draw(s, m.vocab_size, row); });
+    if (s.sample) work.team.each(me, rows, [&](int64_t row) { s.sampled[row] = draw(s, row, m.vocab_size); });
 }
 
 }  // namespace SL_NS

@@ -11,6 +11,7 @@ struct Kernels {
     int (*run)(void*, const sl_step*);
     const float* (*hidden)(void*);
     int (*matmul)(void*, const sl_matrix*, const float*, int, float*);
+    void (*draw)(const sl_step*, int32_t);
 };
 
 }  // namespace slipstream

@@ -1,86 +1,170 @@
-// Drawing one token from a row of logits: the largest logit, or Gumbel-max with keyed noise over the whole vocabulary.
+// Drawing one token from a row of logits: the largest logit, or Gumbel-max with keyed noise over the whole vocabulary or over
+// what filters leave of it.
 // The noise is that of shared/engine/noise.py: Philox4x32-10 (Salmon et al. 2011) keyed by seed, ordinal, choice and token id.
 #pragma once
 
-#include "simd.h"
+#include "filters.h"
 
 namespace SL_NS {
 
-constexpr int COUNTERS = 16;
+// What the noise of one draw depends on beside the token id.
+struct NoiseKey {
+    uint64_t seed;
+    uint32_t ordinal, choice;
+};
 
-// Random bits of 4 * COUNTERS neighbouring token ids, the first of which is 4 * counter.
-inline void philox(uint32_t counter, uint64_t seed, uint32_t ordinal, uint32_t choice, uint32_t* bits) {
-    uint32_t c0[COUNTERS], c1[COUNTERS], c2[COUNTERS], c3[COUNTERS];
-    for (int i = 0; i < COUNTERS; i++) {
-        c0[i] = counter + (uint32_t)i;
-        c1[i] = ordinal;
-        c2[i] = choice;
-        c3[i] = 0;  // the domain of the target's own samples
-    }
-    uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+// Random bits of the token ids 4 * counter + lane, for 16 counters.
+inline void philox(I16 counters, const NoiseKey& key, I16 lanes[4]) {
+    I16 c0 = counters, c1 = i_set((int32_t)key.ordinal), c2 = i_set((int32_t)key.choice);
+    I16 c3 = i_set(0);  // the domain of the target's own samples
+    uint32_t k0 = (uint32_t)key.seed, k1 = (uint32_t)(key.seed >> 32);
     for (int round = 0; round < 10; round++) {
-        for (int i = 0; i < COUNTERS; i++) {
-            uint64_t p0 = (uint64_t)0xD2511F53u * c0[i], p1 = (uint64_t)0xCD9E8D57u * c2[i];
-            uint32_t n0 = (uint32_t)(p1 >> 32) ^ c1[i] ^ k0, n2 = (uint32_t)(p0 >> 32) ^ c3[i] ^ k1;
-            c0[i] = n0;
-            c1[i] = (uint32_t)p1;
-            c2[i] = n2;
-            c3[i] = (uint32_t)p0;
-        }
+        I16 high0, low0, high1, low1;
+        i_multiply(c0, 0xD2511F53u, high0, low0);
+        i_multiply(c2, 0xCD9E8D57u, high1, low1);
+        c0 = high1 ^ c1 ^ i_set((int32_t)k0);
+        c2 = high0 ^ c3 ^ i_set((int32_t)k1);
+        c1 = low1;
+        c3 = low0;
         k0 += 0x9E3779B9u;
         k1 += 0xBB67AE85u;
     }
-    for (int i = 0; i < COUNTERS; i++) {
-        bits[4 * i] = c0[i];
-        bits[4 * i + 1] = c1[i];
-        bits[4 * i + 2] = c2[i];
-        bits[4 * i + 3] = c3[i];
-    }
+    lanes[0] = c0, lanes[1] = c1, lanes[2] = c2, lanes[3] = c3;
 }
 
 inline float gumbel(uint32_t bits) {
-    double u = ((double)bits + 0.5) * 0x1p-32;
-    return (float)-std::log(-std::log1p(-u));
+    double u = ((double)bits + 0.5) * 0x1p-32;  // exact, and 1 - u too
+    return (float)-logarithm(-logarithm(1.0 - u));
 }
 
-// Never below gumbel(bits): -log u with u rounded down to a power of two, plus a little for rounding.
-inline float gumbel_bound(uint32_t bits) {
-    int length = bits ? 32 - __builtin_clz(bits) : 0;
-    return (float)((33 - length) * 0.6931471805599453 + 1e-5);
+// Never below gumbel(bits): -log u with u rounded down to a power of two, plus more than rounding can take away. The 24 high
+// bits are a float exactly, whose exponent is what is asked for; without any of them the bound is high.
+inline F16 gumbel_bound(I16 bits) {
+    F16 exponent = f_from(i_shr(i_bits(f_from(i_shr(bits, 8))), 23));
+    return f_set((127 + 24) * 0.693147181f + 1e-3f) - exponent * f_set(0.693147181f);
 }
 
-inline int32_t draw_greedy(const float* logits, int32_t size) {
-    float most = logits[0];
+// The largest score seen so far. Ids are shown in ascending order, so that ties go to the lowest one.
+class Contest {
+  public:
+    // Up to 16 ids with their scaled logits and random bits; logarithms only for those that can still win.
+    template <typename IdOf>
+    void show(const float* scaled, const uint32_t* bits, int count, const IdOf& id_of) {
+        uint32_t mask = f_at_least(f_load(scaled) + gumbel_bound(i_load((const int32_t*)bits)), f_set(best_));
+        for (mask &= (1u << count) - 1; mask; mask &= mask - 1) {
+            int i = __builtin_ctz(mask);
+            float score = scaled[i] + gumbel(bits[i]);
+            if (score <= best_) continue;
+            best_ = score;
+            winner_ = id_of(i);
+        }
+    }
+    int32_t winner() const { return winner_; }
+
+  private:
+    float best_ = -INFINITY;
+    int32_t winner_ = 0;
+};
+
+inline float largest(const float* logits, int32_t size) {
     int32_t whole = size / LANES * LANES;
     F16 top = f_set(logits[0]);
     for (int32_t i = 0; i < whole; i += LANES) top = f_max(top, f_load(logits + i));
-    most = f_top(top);
+    float most = f_top(top);
     for (int32_t i = whole; i < size; i++) most = logits[i] > most ? logits[i] : most;
-    for (int32_t i = 0; i < size; i++)
-        if (logits[i] == most) return i;  // ties go to the lowest id
+    return most;
+}
+
+inline int32_t draw_greedy(const float* logits, int32_t size) {
+    float most = largest(logits, size);
+    int32_t whole = size / LANES * LANES;
+    for (int32_t i = 0; i < whole; i += LANES)
+        if (uint32_t mask = f_at_least(f_load(logits + i), f_set(most))) return i + __builtin_ctz(mask);  // the lowest id
+    for (int32_t i = whole; i < size; i++)
+        if (logits[i] == most) return i;
     return 0;
 }
 
-inline int32_t draw_gumbel(const float* logits, int32_t size, double temperature, uint64_t seed, uint32_t ordinal, uint32_t choice) {
-    float bounds[33];
-    for (int length = 0; length <= 32; length++) bounds[length] = gumbel_bound(length ? 1u << (length - 1) : 0u);
-    float best = -INFINITY;
-    int32_t token = 0;
-    uint32_t bits[4 * COUNTERS];
-    for (int32_t first = 0; first < size; first += 4 * COUNTERS) {
-        philox((uint32_t)first / 4, seed, ordinal, choice, bits);
-        int32_t count = size - first < 4 * COUNTERS ? size - first : 4 * COUNTERS;
-        for (int32_t i = 0; i < count; i++) {
-            float scaled = (float)((double)logits[first + i] / temperature);
-            if (scaled + bounds[bits[i] ? 32 - __builtin_clz(bits[i]) : 0] < best) continue;
-            float score = scaled + gumbel(bits[i]);
-            if (score > best) {
-                best = score;
-                token = first + i;
-            }
-        }
+inline int32_t draw_gumbel(const float* logits, int32_t size, double temperature, const NoiseKey& key) {
+    constexpr int IDS = 4 * LANES;
+    Contest contest;
+    int32_t counters[LANES];
+    uint32_t lanes[4][LANES], bits[IDS];
+    float scaled[IDS] = {};
+    for (int32_t first = 0; first < size; first += IDS) {
+        int count = size - first < IDS ? size - first : IDS;
+        for (int i = 0; i < LANES; i++) counters[i] = first / 4 + i;
+        I16 words[4];
+        philox(i_load(counters), key, words);
+        for (int lane = 0; lane < 4; lane++) i_store(lanes[lane], words[lane]);
+        for (int i = 0; i < LANES; i++)
+            for (int lane = 0; lane < 4; lane++) bits[4 * i + lane] = lanes[lane][i];
+        for (int i = 0; i < count; i++) scaled[i] = scaled_logit(logits[first + i], temperature);
+        for (int at = 0; at < count; at += LANES)
+            contest.show(scaled + at, bits + at, count - at < LANES ? count - at : LANES, [&](int i) { return first + at + i; });
     }
-    return token;
+    return contest.winner();
+}
+
+// -1 when there is no memory: then the draw is left to the caller.
+inline int32_t draw_filtered(const float* logits, int32_t size, double temperature, const Filters& filters, const NoiseKey& key) {
+    static thread_local Candidates left;
+    if (!left.reserve(size)) return -1;
+    filter(logits, size, temperature, largest(logits, size), filters, left);
+    Contest contest;
+    int32_t counters[LANES] = {};
+    uint32_t lanes[4][LANES], bits[LANES] = {};
+    float scaled[LANES] = {};
+    for (int32_t first = 0; first < left.count; first += LANES) {
+        int count = left.count - first < LANES ? left.count - first : LANES;
+        const int32_t* ids = left.ids + first;
+        for (int i = 0; i < count; i++) counters[i] = ids[i] / 4;
+        I16 words[4];
+        philox(i_load(counters), key, words);
+        for (int lane = 0; lane < 4; lane++) i_store(lanes[lane], words[lane]);
+        for (int i = 0; i < count; i++) bits[i] = lanes[ids[i] % 4][i];
+        for (int i = 0; i < count; i++) scaled[i] = left.scaled[first + i];
+        contest.show(scaled, bits, count, [&](int i) { return ids[i]; });
+    }
+    return contest.winner();
+}
+
+// A row's logits with its adjustments made; null when there is no memory or an id is none of the vocabulary.
+inline const float* adjusted(const sl_step& step, int64_t row, int32_t vocab_size) {
+    const float* logits = step.logits + row * vocab_size;
+    int64_t begin = step.adjust_starts[row], end = step.adjust_starts[row + 1];
+    if (begin == end) return logits;
+    static thread_local std::unique_ptr<float[]> copy;
+    static thread_local int32_t size = 0;
+    if (size < vocab_size) {
+        copy.reset(new (std::nothrow) float[vocab_size]);
+        size = copy ? vocab_size : 0;
+    }
+    if (!copy) return nullptr;
+    std::memcpy(copy.get(), logits, sizeof(float) * vocab_size);
+    for (int64_t i = begin; i < end; i++) {
+        if (step.adjust_ids[i] < 0 || step.adjust_ids[i] >= vocab_size) return nullptr;
+        float value = step.adjust_values[i], &logit = copy[step.adjust_ids[i]];
+        if (step.adjust_kinds[i] == SL_ADJUST_ADD)
+            logit += value;
+        else
+            logit = logit > 0.0f ? logit / value : logit * value;
+    }
+    return copy.get();
+}
+
+// One row of a step, in its way; -1 where it is left to the caller.
+inline int32_t draw(const sl_step& step, int64_t row, int32_t vocab_size) {
+    if (step.sample[row] == SL_SAMPLE_NONE) return -1;
+    const float* logits = adjusted(step, row, vocab_size);
+    if (!logits) return -1;
+    const NoiseKey key{step.seeds[row], step.ordinals[row], step.choices[row]};
+    switch (step.sample[row]) {
+        case SL_SAMPLE_GREEDY: return draw_greedy(logits, vocab_size);
+        case SL_SAMPLE_GUMBEL: return draw_gumbel(logits, vocab_size, step.temperatures[row], key);
+    }
+    const Filters filters{step.top_ks[row], step.top_ps[row], step.min_ps[row]};
+    return draw_filtered(logits, vocab_size, step.temperatures[row], filters, key);
 }
 
 }  // namespace SL_NS

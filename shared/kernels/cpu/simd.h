@@ -34,13 +34,25 @@ inline F16 f_fma(F16 a, F16 b, F16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)};
 inline F16 f_max(F16 a, F16 b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline F16 f_min(F16 a, F16 b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline F16 f_abs(F16 a) { return {_mm512_abs_ps(a.v)}; }
+inline uint32_t f_at_least(F16 a, F16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }  // a bit for each lane
 inline I16 i_round(F16 a) { return {_mm512_cvtps_epi32(a.v)}; }
 inline F16 f_from(I16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline I16 i_set(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline I16 i_load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+inline void i_store(uint32_t* p, I16 a) { _mm512_storeu_si512(p, a.v); }
 inline I16 operator+(I16 a, I16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline I16 operator^(I16 a, I16 b) { return {_mm512_xor_si512(a.v, b.v)}; }
 inline I16 i_shl(I16 a, int n) { return {_mm512_slli_epi32(a.v, n)}; }
+inline I16 i_shr(I16 a, int n) { return {_mm512_srli_epi32(a.v, n)}; }  // zeros come in
+// Both halves of the 64-bit products of unsigned lanes.
+inline void i_multiply(I16 a, uint32_t b, I16& high, I16& low) {
+    const __m512i factor = _mm512_set1_epi64(b);
+    __m512i even = _mm512_mul_epu32(a.v, factor), odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), factor);
+    high.v = _mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xAAAA, odd);
+    low.v = _mm512_mask_mov_epi32(even, 0xAAAA, _mm512_slli_epi64(odd, 32));
+}
 inline F16 f_bits(I16 a) { return {_mm512_castsi512_ps(a.v)}; }
+inline I16 i_bits(F16 a) { return {_mm512_castps_si512(a.v)}; }
 inline F16 f_load_half(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
 inline F16 f_load_bf16(const uint16_t* p) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
@@ -77,15 +89,36 @@ inline F16 f_abs(F16 x) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
 }
+inline uint32_t f_at_least(F16 x, F16 y) {
+    int low = _mm256_movemask_ps(_mm256_cmp_ps(x.a, y.a, _CMP_GE_OQ)), high = _mm256_movemask_ps(_mm256_cmp_ps(x.b, y.b, _CMP_GE_OQ));
+    return (uint32_t)(low | high << 8);
+}
 inline I16 i_round(F16 x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 inline F16 f_from(I16 x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 inline I16 i_set(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 inline I16 i_load(const int32_t* p) {
     return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 8))};
 }
+inline void i_store(uint32_t* p, I16 x) {
+    _mm256_storeu_si256((__m256i*)p, x.a);
+    _mm256_storeu_si256((__m256i*)(p + 8), x.b);
+}
 inline I16 operator+(I16 x, I16 y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+inline I16 operator^(I16 x, I16 y) { return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)}; }
 inline I16 i_shl(I16 x, int n) { return {_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)}; }
+inline I16 i_shr(I16 x, int n) { return {_mm256_srli_epi32(x.a, n), _mm256_srli_epi32(x.b, n)}; }
+inline void i_multiply_8(__m256i a, uint32_t b, __m256i& high, __m256i& low) {
+    const __m256i factor = _mm256_set1_epi64x(b);
+    __m256i even = _mm256_mul_epu32(a, factor), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), factor);
+    high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+    low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+}
+inline void i_multiply(I16 x, uint32_t y, I16& high, I16& low) {
+    i_multiply_8(x.a, y, high.a, low.a);
+    i_multiply_8(x.b, y, high.b, low.b);
+}
 inline F16 f_bits(I16 x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+inline I16 i_bits(F16 x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
 inline F16 f_load_half(const uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
 }
@@ -146,14 +179,34 @@ inline F16 f_fma(F16 a, F16 b, F16 c) { SL_EACH(F16, std::fma(a.v[i], b.v[i], c.
 inline F16 f_max(F16 a, F16 b) { SL_EACH(F16, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 inline F16 f_min(F16 a, F16 b) { SL_EACH(F16, a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 inline F16 f_abs(F16 a) { SL_EACH(F16, std::fabs(a.v[i])); }
+inline uint32_t f_at_least(F16 a, F16 b) {
+    uint32_t mask = 0;
+    for (int i = 0; i < LANES; i++) mask |= (uint32_t)(a.v[i] >= b.v[i]) << i;
+    return mask;
+}
 inline I16 i_round(F16 a) { SL_EACH(I16, (int32_t)std::lrint(a.v[i])); }
 inline F16 f_from(I16 a) { SL_EACH(F16, (float)a.v[i]); }
 inline I16 i_set(int32_t x) { SL_EACH(I16, x); }
 inline I16 i_load(const int32_t* p) { SL_EACH(I16, p[i]); }
-inline I16 operator+(I16 a, I16 b) { SL_EACH(I16, a.v[i] + b.v[i]); }
+inline void i_store(uint32_t* p, I16 a) { std::memcpy(p, a.v, sizeof a.v); }
+inline I16 operator+(I16 a, I16 b) { SL_EACH(I16, (int32_t)((uint32_t)a.v[i] + (uint32_t)b.v[i])); }
+inline I16 operator^(I16 a, I16 b) { SL_EACH(I16, a.v[i] ^ b.v[i]); }
 inline I16 i_shl(I16 a, int n) { SL_EACH(I16, (int32_t)((uint32_t)a.v[i] << n)); }
+inline I16 i_shr(I16 a, int n) { SL_EACH(I16, (int32_t)((uint32_t)a.v[i] >> n)); }
+inline void i_multiply(I16 a, uint32_t b, I16& high, I16& low) {
+    for (int i = 0; i < LANES; i++) {
+        uint64_t product = (uint64_t)(uint32_t)a.v[i] * b;
+        high.v[i] = (int32_t)(product >> 32);
+        low.v[i] = (int32_t)product;
+    }
+}
 inline F16 f_bits(I16 a) {
     F16 out;
+    std::memcpy(out.v, a.v, sizeof out.v);
+    return out;
+}
+inline I16 i_bits(F16 a) {
+    I16 out;
     std::memcpy(out.v, a.v, sizeof out.v);
     return out;
 }

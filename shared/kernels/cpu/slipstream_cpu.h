@@ -31,7 +31,9 @@ enum sl_norm { SL_NORM_RMS = 0, SL_NORM_LAYER = 1 };
 enum sl_activation { SL_SILU = 0, SL_GELU_TANH = 1, SL_RELU = 2 };
 enum sl_kv { SL_KV_F32 = 0, SL_KV_BF16 = 1, SL_KV_INT8 = 2 };
 enum sl_isa { SL_ISA_SCALAR = 0, SL_ISA_AVX2 = 1, SL_ISA_AVX512 = 2 };
-enum sl_sample { SL_SAMPLE_NONE = 0, SL_SAMPLE_GREEDY = 1, SL_SAMPLE_GUMBEL = 2 };
+enum sl_sample { SL_SAMPLE_NONE = 0, SL_SAMPLE_GREEDY = 1, SL_SAMPLE_GUMBEL = 2, SL_SAMPLE_FILTERED = 3 };
+// Add the value; or divide by it what is positive and multiply by it what is not.
+enum sl_adjust { SL_ADJUST_ADD = 0, SL_ADJUST_PENALISE = 1 };
 
 // num_out and num_in are padded to multiples of 16 and 32.
 typedef struct {
@@ -81,13 +83,21 @@ typedef struct {
     void* kv;                     // [layer][block][k|v][kv_head]; k is [row][slot], v is [slot][row]
     int64_t num_blocks;
     float* logits;                // [num_logit_rows][vocab_size]
-    // Sampling of each logit row, or null: the row's way, and for SL_SAMPLE_GUMBEL its key.
+    // Sampling of each logit row, or null: the row's way, the noise's key, and for SL_SAMPLE_FILTERED what is left out.
     const int32_t* sample;
     const uint64_t* seeds;
     const uint32_t* ordinals;
     const uint32_t* choices;
     const double* temperatures;
-    int32_t* sampled;             // [num_logit_rows]; -1 where `sample` is SL_SAMPLE_NONE
+    const int32_t* top_ks;        // 0: off
+    const double* top_ps;         // 1: off
+    const double* min_ps;         // 0: off
+    // Changes of single logits before a row is drawn, in this order; the logits themselves stay as they are.
+    const int64_t* adjust_starts;  // [num_logit_rows + 1]
+    const int32_t* adjust_ids;
+    const int32_t* adjust_kinds;
+    const float* adjust_values;
+    int32_t* sampled;             // [num_logit_rows]; -1 where the row is left to the caller
 } sl_step;
 
 int32_t sl_abi(void);
@@ -99,6 +109,8 @@ int32_t sl_run(void* engine, const sl_step* step);                      // 0, or
 const float* sl_hidden(void* engine);
 // One product of float rows [num_rows][num_in] with a matrix, [num_rows][num_out]; for tests and benchmarks.
 int32_t sl_matmul(void* engine, const sl_matrix* matrix, const float* rows, int32_t num_rows, float* out);
+// Draws from the logits a step holds, of any width, on the calling thread; for tests and benchmarks.
+void sl_draw(void* engine, const sl_step* step, int32_t vocab_size);
 
 #ifdef __cplusplus
 }

@@ -72,6 +72,9 @@ inline slipstream::Kernels kernels() {
             [](void* engine) { return ((Engine*)engine)->hidden(); },
             [](void* engine, const sl_matrix* matrix, const float* rows, int n, float* out) {
                 return ((Engine*)engine)->matmul(*matrix, rows, n, out);
+            },
+            [](const sl_step* step, int32_t vocab_size) {
+                for (int64_t row = 0; row < step->num_logit_rows; row++) step->sampled[row] = draw(*step, row, vocab_size);
             }};
 }
 
