@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -114,14 +115,11 @@ def running_gateway(model: str, redis_url: str, port: int) -> Iterator[Gateway]:
             process.terminate()
 
 
-async def measure(gateway: Gateway, worker: CannedWorker, pace: Pace) -> dict[str, Any]:
-    """One run of so many streams. Raises RuntimeError when one of them fails."""
-    flags = ["--port", gateway.port, "--streams", pace.streams, "--output-len", pace.output_len]
+async def measure(gateway: Gateway, worker: CannedWorker, pace: Pace, arrivals: Path) -> dict[str, Any]:
+    """One run of so many streams; their client writes `arrivals`. Raises RuntimeError when a stream fails."""
+    flags = ["--port", gateway.port, "--streams", pace.streams, "--output-len", pace.output_len, "--out", arrivals]
     memory = gateway.private_bytes()
-    client = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "benchmarks.stream_client", *map(str, flags)), stdout=subprocess.PIPE
-    )
-    reading = asyncio.create_task(client.communicate())
+    client = await asyncio.create_subprocess_exec(*(sys.executable, "-m", "benchmarks.stream_client", *map(str, flags)))
     await worker.wait_for(pace.streams, START_TIMEOUT_S)
     await worker.steps(WARM_STEPS, pace.interval_s)
     await asyncio.sleep(SETTLE_S)
@@ -131,8 +129,7 @@ async def measure(gateway: Gateway, worker: CannedWorker, pace: Pace) -> dict[st
     spent = gateway.cpu_s() - before
     memory = gateway.private_bytes() - memory
     await worker.steps(TAIL_STEPS, pace.interval_s)
-    output, _ = await reading
-    if client.returncode != 0:
+    if await client.wait() != 0:
         raise RuntimeError("a stream was not answered to its end, so nothing was measured")
     events = pace.streams * pace.steps
     return {
@@ -142,7 +139,7 @@ async def measure(gateway: Gateway, worker: CannedWorker, pace: Pace) -> dict[st
         "cpu_us_per_event": 1e6 * spent / events,
         "events_per_core_s": events / spent,
         "memory_bytes_per_stream": memory / pace.streams,
-        **delays_ms(json.loads(output), worker.dismiss()),
+        **delays_ms(json.loads(await asyncio.to_thread(arrivals.read_text)), worker.dismiss()),
     }
 
 
@@ -161,12 +158,16 @@ def delays_ms(arrivals: Sequence[Sequence[tuple[int, float]]], sent: dict[int, l
 async def one_round(options: argparse.Namespace, redis_url: str) -> list[dict[str, Any]]:
     """Every number of streams once, the largest first: memory that other streams left behind would hide its own."""
     paces = [Pace(streams) for streams in sorted(options.streams, reverse=True)]
-    with running_gateway(options.model, redis_url, options.port) as gateway:
+    with (
+        tempfile.TemporaryDirectory(prefix="slipstream-gateway-") as folder,
+        running_gateway(options.model, redis_url, options.port) as gateway,
+    ):
+        arrivals = Path(folder) / "arrivals.json"
         async with CannedWorker(redis_url, Keys("default"), options.model) as worker:
             await asyncio.to_thread(gateway.wait_ready)
             worker.use(await asyncio.to_thread(gateway.tokens, TEXT))
-            await measure(gateway, worker, Pace(WARM_STREAMS))
-            return [await measure(gateway, worker, pace) for pace in paces]
+            await measure(gateway, worker, Pace(WARM_STREAMS), arrivals)
+            return [await measure(gateway, worker, pace, arrivals) for pace in paces]
 
 
 COLUMNS = {

@@ -1,8 +1,8 @@
 """Many streams of completions at once, read as cheaply as Python can: when each event arrived, and nothing else.
 
-    python -m benchmarks.stream_client --port 8000 --streams 32 --output-len 128
+    python -m benchmarks.stream_client --port 8000 --streams 32 --output-len 128 --out arrivals.json
 
-Prints, for each stream, the time (monotonic clock) at which each journal event arrived, by its number. The prompt of
+Writes, for each stream, the time (monotonic clock) at which each journal event arrived, by its number. The prompt of
 stream i begins with token i, so that whoever generates knows which one it is. Ends with status 1 when a stream is not
 answered with 200 or does not come to its end.
 """
@@ -15,6 +15,8 @@ import json
 import re
 import sys
 import time
+from functools import partial
+from pathlib import Path
 from typing import cast
 
 import uvloop
@@ -76,8 +78,8 @@ async def read_all(port: int, streams: int, output_len: int) -> list[Stream]:
     loop = asyncio.get_running_loop()
     opened = []
     for index in range(streams):
-        data = request(port, index, output_len)
-        _, stream = await loop.create_connection(lambda data=data: Stream(data), "127.0.0.1", port)
+        make_stream = partial(Stream, request(port, index, output_len))
+        _, stream = await loop.create_connection(make_stream, "127.0.0.1", port)
         opened.append(stream)
     for stream in opened:
         await stream.ended
@@ -89,10 +91,11 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--streams", type=int, required=True)
     parser.add_argument("--output-len", type=int, required=True)
+    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         streams = runner.run(read_all(options.port, options.streams, options.output_len))
-    print(json.dumps([stream.arrivals for stream in streams]))
+    options.out.write_text(json.dumps([stream.arrivals for stream in streams]))
     sys.exit(0 if all(stream.is_complete for stream in streams) else 1)
 
 
