@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
 
+from services.bench.events import EventParser, StreamError
 from services.bench.options import BenchOptions
 
-MAX_LINE = 1 << 20
 _MAX_ERROR = 200
 
 
@@ -33,10 +31,6 @@ class Sample:
     handoff_ms: float | None = None
     kv_bytes: int = 0
     error: str = ""
-
-
-class StreamError(Exception):
-    """The server answered, but not with a whole stream."""
 
 
 async def stream_one(
@@ -70,47 +64,37 @@ async def stream_one(
 
 
 async def _read_stream(content: aiohttp.StreamReader, sample: Sample, start: float) -> None:
-    last, ended = start, False
-    async for event in _events(content):
-        if event is None:
-            ended = True
-            break
-        if event.get("error"):
-            raise StreamError(str(event["error"]))
-        if isinstance(event.get("usage"), dict):
-            _take_usage(sample, event["usage"])
-        if not _has_text(event):
-            continue
+    parser, last = EventParser(), start
+    while not parser.is_done:
+        data = await content.readany()
         now = time.perf_counter()
-        if sample.ttft is None:
-            sample.ttft = now - start
-        else:
-            sample.gaps.append(now - last)
-        last = now
-        sample.num_chunks += 1
-    if not ended:
-        raise StreamError("the stream broke off before [DONE]")
+        for event in parser.feed(data) if data else parser.end():
+            if _take(sample, event):
+                last = _time_chunk(sample, now, start, last)
+        if not data and not parser.is_done:
+            raise StreamError("the stream broke off before [DONE]")
     # A server that reports no usage is taken to send one token a chunk.
     sample.output_tokens = sample.output_tokens or sample.num_chunks
 
 
-async def _events(content: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any] | None]:
-    """The `data:` events of an SSE stream; None stands for [DONE]."""
-    async for raw in content:
-        line = raw.strip()
-        if not line.startswith(b"data:"):
-            continue
-        data = line[5:].strip()
-        if data == b"[DONE]":
-            yield None
-            return
-        try:
-            event = json.loads(data)
-        except ValueError:
-            event = None
-        if not isinstance(event, dict):
-            raise StreamError("an event is not a JSON object")
-        yield event
+def _take(sample: Sample, event: dict[str, Any]) -> bool:
+    """Whether an event carries text. Raises StreamError when it is an error."""
+    if event.get("error"):
+        raise StreamError(str(event["error"]))
+    usage = event.get("usage")
+    if isinstance(usage, dict):
+        _take_usage(sample, usage)
+    return _has_text(event)
+
+
+def _time_chunk(sample: Sample, now: float, start: float, last: float) -> float:
+    """A chunk with text was there at `now`, the one before it at `last`."""
+    if sample.ttft is None:
+        sample.ttft = now - start
+    else:
+        sample.gaps.append(now - last)
+    sample.num_chunks += 1
+    return now
 
 
 def _has_text(event: dict[str, Any]) -> bool:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import aiohttp
 
-from services.bench.client import MAX_LINE, Sample, stream_one
+from services.bench.client import Sample, stream_one
+from services.bench.events import MAX_LINE
 from services.bench.observe import ProcessWatch, RedisCounter, find_processes
 from services.bench.options import BenchOptions
 from services.bench.prompts import make_prompts

@@ -125,12 +125,14 @@ def bench(
 
 def _run_and_print(options: BenchOptions, as_json: bool) -> int:
     # Imported here because every role's process reads the flags of every command.
+    import uvloop
     from rich.console import Console
 
     from services.bench.load import run_bench
     from services.bench.report import render
 
-    report = asyncio.run(run_bench(options))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        report = runner.run(run_bench(options))
     if as_json:
         print(json.dumps(report.as_json()))
     else:

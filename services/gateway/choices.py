@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from shared.protocol.messages import FINISH_LENGTH, FINISH_STOP, Job, TokenLogprob, Tokens
 from shared.tokenizer.detokenizer import ChoiceText
@@ -37,8 +38,7 @@ class TextRules:
     new_text: Callable[[], ChoiceText]
 
 
-@dataclass(frozen=True, slots=True)
-class _Mark:
+class _Mark(NamedTuple):
     """What each delta says of where it stands."""
 
     event_id: str

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import resource
 import uuid
-from typing import Any
+from typing import Any, cast
 
 import structlog
 from aiohttp import web
@@ -170,14 +170,14 @@ class Refusal(asyncio.Protocol):
         self._deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+        stream = cast(asyncio.Transport, transport)  # uvloop's is one without being derived from it
         self._counted = self._members.refuse()
         if not self._counted:
-            transport.abort()
+            stream.abort()
             return
-        transport.write(_refusal())
-        transport.write_eof()
-        self._deadline = asyncio.get_running_loop().call_later(LINGER_S, transport.abort)
+        stream.write(_refusal())
+        stream.write_eof()
+        self._deadline = asyncio.get_running_loop().call_later(LINGER_S, stream.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._deadline is not None:

@@ -20,13 +20,14 @@ import structlog
 from services.gateway.choices import ChoiceOutput, Delta, TextRules
 from services.gateway.errors import GenerationFailed, StreamNotFound
 from services.gateway.metering import TokenMeter
+from services.gateway.wakeup import Wakeup
 from shared import faultpoints
 from shared.bus.handle import Restore, StreamReader
 from shared.protocol.messages import OUTCOME_FINISHED, End, Job, TokenLogprob, Tokens, Usage
 from shared.protocol.position import START, Position, Standing
 
-MAX_INBOX = 256
-"""Events taken ahead of a client that reads slowly; the rest stays with the bus."""
+MAX_AT_ONCE = 256
+"""Events of one step; nothing more is taken ahead of a client that reads slowly, the rest stays with the bus."""
 
 _log = structlog.get_logger()
 
@@ -95,9 +96,6 @@ class _JobOutput:
         self.end: End | None = None
 
 
-_Item = tuple[_JobOutput, Position, Tokens | End | Exception]
-
-
 class Generation:
     """Async context manager: takes its readers on entry, leaves them on exit.
 
@@ -112,8 +110,9 @@ class Generation:
         self._meter = meter
         self._after = after
         self._outputs: list[_JobOutput] = []
-        self._inbox: asyncio.Queue[_Item] = asyncio.Queue(MAX_INBOX)
-        self._pumps: list[asyncio.Task[None]] = []
+        self._wakeup = Wakeup()
+        self._heard: dict[int, None] = {}
+        self._stops: list[tuple[_JobOutput, int, int]] = []
         self._failure: Exception | None = None
         self._is_first = True
 
@@ -138,14 +137,14 @@ class Generation:
         Raises GenerationFailed when a job ends without finishing, after everything before that was given out.
         """
         while self._failure is None and not self._ended:
-            try:
-                async with asyncio.timeout(timeout_s):
-                    items = [await self._inbox.get()]
-            except TimeoutError:
+            if not self._heard and not await self._wakeup.wait(timeout_s):
                 return []
-            while not self._inbox.empty():
-                items.append(self._inbox.get_nowait())
-            deltas = await self._take_all(items)
+            deltas = self._take_all()
+            while self._stops:
+                output, choice, num_tokens = self._stops.pop()
+                await output.reader.cancel("stop_string", upto={choice: num_tokens})
+            if self._heard:
+                await asyncio.sleep(0)  # there is more than one step may take: others come first
             if deltas:
                 return deltas
         if self._failure is not None:
@@ -159,6 +158,8 @@ class Generation:
     @property
     def last_event_id(self) -> str:
         """How far the client has come with everything that was taken: every job's position, commas between."""
+        if len(self._outputs) == 1:
+            return str(self._outputs[0].position)
         return ",".join(str(output.position) for output in self._outputs)
 
     @property
@@ -197,22 +198,28 @@ class Generation:
         after = self._after[number] if self._after else START
         first_index = sum(len(output.choices) for output in self._outputs)
         self._outputs.append(_JobOutput(first_index, reader, self._rules, after))
-        self._pumps.append(asyncio.create_task(self._pump(self._outputs[number])))
+        reader.on_news(lambda: self._hear(number))
+        self._hear(number)
 
-    async def _pump(self, output: _JobOutput) -> None:
-        """Move events into the one inbox, so that all that are there can be written at once."""
-        try:
-            async for event in output.reader:
-                await self._inbox.put((output, output.reader.position, event))
-        except Exception as exc:
-            await self._inbox.put((output, output.position, exc))
+    def _hear(self, number: int) -> None:
+        """A job may have events for us."""
+        self._heard[number] = None
+        self._wakeup.wake()
 
-    async def _take_all(self, items: Sequence[_Item]) -> list[Delta]:
-        """Deltas of all items up to one that fails; the failure is raised once they were given out."""
+    def _take_all(self) -> list[Delta]:
+        """Deltas of all events that are there, up to one that fails; the failure is raised once they were given out."""
         deltas: list[Delta] = []
-        for item in items:
+        room = MAX_AT_ONCE
+        while self._heard and room and self._failure is None:
+            number = next(iter(self._heard))
+            output = self._outputs[number]
             try:
-                delta = await self._take(*item)
+                event = output.reader.take()
+                if event is None:
+                    del self._heard[number]
+                    continue
+                room -= 1
+                delta = self._take(output, output.reader.position, event)
             except Exception as exc:
                 self._failure = exc
                 break
@@ -220,9 +227,7 @@ class Generation:
                 deltas.append(delta)
         return deltas
 
-    async def _take(self, output: _JobOutput, position: Position, event: Tokens | End | Exception) -> Delta | None:
-        if isinstance(event, Exception):
-            raise event
+    def _take(self, output: _JobOutput, position: Position, event: Tokens | End) -> Delta | None:
         if isinstance(event, End):
             self._end(output, event)
             output.position = max(output.position, position)
@@ -234,7 +239,7 @@ class Generation:
         self._observe(choice, len(event.tokens))
         delta = choice.push(event, self.last_event_id, position <= output.after)
         if choice.stopped_at is not None:
-            await output.reader.cancel("stop_string", upto={event.choice: choice.stopped_at})
+            self._stops.append((output, event.choice, choice.stopped_at))
             choice.stopped_at = None
         return delta
 
@@ -255,8 +260,7 @@ class Generation:
             self._meter.tokens(choice.index, num_tokens)
 
     async def _stop(self, reason: str) -> None:
-        for pump in self._pumps:
-            pump.cancel()
+        self._wakeup.close()
         for output in self._outputs:
             if output.end is None:
                 _log.info("request_left", request_id=output.job.request_id, reason=reason)

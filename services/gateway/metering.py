@@ -33,7 +33,7 @@ class TokenMeter:
         if choice in self._last_at:
             self._metrics.itl.observe((now - self._last_at[choice]) / count)
         self._last_at[choice] = now
-        self._metrics.generation_tokens.inc(count)
+        self._metrics.num_generated += count
 
     def ended(self, end: End) -> None:
         self._metrics.observe_usage(end.usage)

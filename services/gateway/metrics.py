@@ -55,11 +55,15 @@ class GatewayMetrics(MetricSet):
         self.responses = self.counter("http_responses_total", "HTTP responses.", "route", "status")
         self.websockets = self.gauge("websockets_open", "Open WebSockets.")
         self.ttft = self.histogram("time_to_first_token_seconds", "Arrival to first token.", _TTFT_BUCKETS)
-        self.itl = self.histogram("inter_token_latency_seconds", "Between tokens of one choice.", _ITL_BUCKETS)
+        self.itl = self.tally("inter_token_latency_seconds", "Between tokens of one choice.", _ITL_BUCKETS)
         self.e2e = self.histogram("e2e_request_latency_seconds", "Arrival to end of the request.", _E2E_BUCKETS)
         self.handoff = self.histogram("kv_handoff_seconds", "Duration of the KV hand-off.", _TTFT_BUCKETS)
         self.prompt_tokens = self.counter("prompt_tokens_total", "Prompt tokens of accepted requests.")
-        self.generation_tokens = self.counter("generation_tokens_total", "Tokens delivered to clients.")
+        self.num_generated = 0
+        self.watch_counters(
+            {"generation_tokens_total": "Tokens delivered to clients."},
+            lambda: {"generation_tokens_total": self.num_generated},
+        )
         self.paths = self.counter("request_paths_total", "Ended jobs by the path they took.", "path", "reason")
         self.kv_bytes = self.counter("kv_transfer_bytes_total", "KV bytes moved between workers.", "transport")
         self.prefix_tokens = self.counter("prefix_cached_tokens_total", "Prompt tokens found in a cache.", "role")

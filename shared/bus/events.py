@@ -67,18 +67,17 @@ class EventFeed:
                     await self.subscribe()
                     yield Resubscribed()
                     continue
-                message = await self._pubsub.get_message(timeout=POLL_S)
+                reply = await self._pubsub.parse_response(block=False, timeout=POLL_S)
             except (RedisError, OSError, BusUnavailable) as error:
                 _log.warning("token_channel_lost", error=type(error).__name__)
                 await self._drop()
                 await asyncio.sleep(RECONNECT_S)
                 continue
-            if message is None:
-                continue
-            if message["type"] == "subscribe":
-                yield Resubscribed()
-            elif message["type"] == "message":
-                yield _decoded(message["data"])
+            match reply:
+                case [b"subscribe", *_]:
+                    yield Resubscribed()
+                case [b"message", _, data]:
+                    yield _decoded(data)
 
     async def _drop(self) -> None:
         try:

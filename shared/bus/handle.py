@@ -129,6 +129,8 @@ class StreamHandle:
     def wake(self) -> None:
         """Let the readers look for news."""
         self._wake.set()
+        for reader in self._readers:
+            reader.hear()
 
     async def news(self) -> None:
         """Until somebody calls `wake`."""
@@ -139,12 +141,14 @@ class StreamHandle:
 class StreamReader:
     """Events of one request: async-iterate it for validated Tokens in order, then exactly one End.
 
-    `position` is that of the last event taken. Call `leave` when done, also after the End.
+    Or `take` what is there, and be told by `on_news` when to look again: that costs no task. `position` is that of the
+    last event taken. Call `leave` when done, also after the End.
     """
 
     def __init__(self, handle: StreamHandle) -> None:
         self._handle = handle
         self._taken = 0
+        self._tell: Callable[[], None] | None = None
         self.position = START
 
     @property
@@ -172,11 +176,26 @@ class StreamReader:
         return self
 
     async def __anext__(self) -> Tokens | End:
-        history = self._handle.delivery.history
-        while self._taken >= len(history):
+        while (event := self.take()) is None:
             if self._handle.ended:
                 raise StopAsyncIteration
             await self._handle.news()
+        return event
+
+    def on_news(self, tell: Callable[[], None]) -> None:
+        """Have `tell` called whenever there may be something to take; not for what is there already."""
+        self._tell = tell
+
+    def hear(self) -> None:
+        """There may be something to take."""
+        if self._tell is not None:
+            self._tell()
+
+    def take(self) -> Tokens | End | None:
+        """The next event; None: there is none now, nor ever after the End."""
+        history = self._handle.delivery.history
+        if self._taken >= len(history):
+            return None
         self.position, event = history[self._taken]
         self._taken += 1
         return event

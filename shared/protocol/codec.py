@@ -202,6 +202,33 @@ def _pack_tokens(t: Tokens) -> list[Any]:
 
 
 def _unpack_tokens(items: list[Any]) -> Tokens:
+    return _one_token(items) or _any_tokens(items)
+
+
+def _one_token(items: list[Any]) -> Tokens | None:
+    """The entry of nearly every step, one token and nothing beside it; None: this is another, or not valid."""
+    if len(items) != 8:
+        return None
+    choice, base, h_base, h, tokens, logprobs, finish, prompt = items
+    is_plain = (
+        type(tokens) is list
+        and len(tokens) == 1
+        and finish is None
+        and logprobs == []
+        and prompt == []
+        and type(choice) is type(base) is type(tokens[0]) is int
+        and type(h_base) is type(h) is str
+    )
+    if not is_plain:
+        return None
+    token = tokens[0]
+    in_bounds = 0 <= choice < MAX_CHOICES and 0 <= base <= MAX_TOKENS and 0 <= token <= MAX_TOKEN_ID
+    if not in_bounds or len(h_base) not in (0, 16) or len(h) not in (0, 16):
+        return None
+    return Tokens(choice, base, h_base, h, (token,))
+
+
+def _any_tokens(items: list[Any]) -> Tokens:
     f = _Fields(items, "Tokens", 8)
     choice, base, h_base, h, tokens = (
         f.integer(0, MAX_CHOICES - 1),

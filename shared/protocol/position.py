@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from shared.errors import ProtocolError
 from shared.protocol.journal import ChoiceState, JournalState
@@ -24,9 +24,11 @@ MAX_NUMBER = (1 << 53) - 1
 _TEXT = re.compile(r"(0|[1-9][0-9]{0,15})-(0|[1-9][0-9]{0,15})(?:\.(0|[1-9][0-9]?))?")
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Position:
-    """A place in the journal, ordered as the journal is. `Position()` is before everything."""
+class Position(NamedTuple):
+    """A place in the journal, ordered as the journal is. `Position()` is before everything.
+
+    A tuple because one is made and compared for every token.
+    """
 
     epoch: int = 0
     ev: int = 0

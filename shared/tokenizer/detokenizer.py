@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from shared.tokenizer.stop_strings import StopStrings
 
@@ -60,8 +59,7 @@ class Detokenizer:
         return text
 
 
-@dataclass(frozen=True, slots=True)
-class TextDelta:
+class TextDelta(NamedTuple):
     """New text, the number of tokens of the choice it accounts for, and the stop string that ended it."""
 
     text: str

@@ -292,7 +292,7 @@ def page(*, skip_outcome: bool = False, in_flight: int = 0) -> str:
     if not skip_outcome:
         metrics.outcomes.labels("/r", OUTCOME_REJECTED).inc()
     metrics.in_flight.set(in_flight)
-    metrics.generation_tokens.inc(6)
+    metrics.num_generated += 6
     return metrics.render().decode()
 
 

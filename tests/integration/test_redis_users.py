@@ -201,7 +201,7 @@ def called_by_services() -> set[str]:
 
 
 def _is_command(method: str) -> bool:
-    own: dict[str, Any] = {"pipeline": 0, "pubsub": 0, "execute": 0, "aclose": 0, "read": 0, "get_message": 0}
+    own = {"pipeline", "pubsub", "execute", "aclose", "read", "get_message", "parse_response"}
     return (hasattr(Redis, method) or method in ("subscribe", "unsubscribe")) and method not in own
 
 

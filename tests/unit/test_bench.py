@@ -22,6 +22,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from services.bench.client import Sample
+from services.bench.events import MAX_LINE, EventParser, StreamError
 from services.bench.load import run_bench, start_times
 from services.bench.observe import ProcessMemory, ProcessWatch, RedisCounter, find_processes, role_of
 from services.bench.options import EXIT_ERRORS, EXIT_NOT_RUN, BenchOptions, bench
@@ -190,6 +191,30 @@ async def test_a_broken_stream_is_an_error(serve: Callable[[FakeServer], Any], e
     assert report.errors == 1
     assert message in report.first_error
     assert report.ttft_ms["p50"] is None
+
+
+STREAM = b': ping\n\nid: 1-1\r\ndata: {"a": 1}\r\n\r\nevent: x\ndata:{"b":\t"\xc3\xa9"}\n\ndata: [DONE]\n\ndata: no\n\n'
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+def test_events_do_not_depend_on_how_the_bytes_come(size: int) -> None:
+    parser = EventParser()
+    parts = [STREAM[at : at + size] for at in range(0, len(STREAM), size)]
+    assert [event for part in parts for event in parser.feed(part)] == [{"a": 1}, {"b": "é"}]
+    assert parser.is_done
+    assert parser.end() == []
+
+
+def test_a_last_line_without_an_end_is_an_event() -> None:
+    parser = EventParser()
+    assert parser.feed(b'data: {"a": 1}') == []
+    assert parser.end() == [{"a": 1}]
+    assert not parser.is_done
+
+
+def test_a_line_without_end_is_not_kept_for_ever() -> None:
+    with pytest.raises(StreamError, match="bytes"):
+        EventParser().feed(b"x" * (MAX_LINE + 1))
 
 
 async def test_without_usage_a_chunk_is_a_token(serve: Callable[[FakeServer], Any]) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from shared.errors import ProtocolError
 from shared.protocol.codec import (
     MAX_MESSAGE_BYTES,
+    MAX_TOKENS,
     UnknownVersion,
     decode,
     decode_event,
@@ -90,7 +91,7 @@ beats = st.builds(
 
 @st.composite
 def tokens_events(draw: st.DrawFn) -> Tokens:
-    tokens = draw(ids)
+    tokens = draw(ids | st.tuples(st.integers(0, 2**31 - 1)))
     logprobs = draw(st.just(()) | st.tuples(*[logprob] * len(tokens)))
     prompt = draw(st.lists(st.none() | logprob, max_size=4).map(tuple))
     finish = draw(st.sampled_from([None, "stop", "length"]))
@@ -147,25 +148,35 @@ def altered(position: int, value: object, message: Any = TOKENS) -> bytes:
 
 
 @pytest.mark.parametrize(
+    "message", [pytest.param(TOKENS, id="two tokens"), pytest.param(replace(TOKENS, tokens=(7,)), id="one token")]
+)
+@pytest.mark.parametrize(
     ("position", "value"),
     [
         pytest.param(2, True, id="bool for choice"),
         pytest.param(2, MAX_CHOICES, id="choice out of range"),
         pytest.param(3, -1, id="negative base"),
         pytest.param(4, "12", id="short hash"),
+        pytest.param(3, MAX_TOKENS + 1, id="base out of range"),
+        pytest.param(5, b"1" * 16, id="bytes for a hash"),
+        pytest.param(6, [-5], id="one negative token"),
+        pytest.param(6, [2**31], id="one token too large"),
+        pytest.param(6, [True], id="one bool token"),
         pytest.param(6, [1, -5], id="negative token"),
         pytest.param(6, [1, 2**31], id="token too large"),
         pytest.param(6, [1.0, 2], id="float token"),
         pytest.param(6, [True, 2], id="bool token"),
         pytest.param(6, None, id="no tokens"),
-        pytest.param(7, [[-1.0, []]], id="one log-prob for two tokens"),
+        pytest.param(7, [[-1.0, []]] * 3, id="three log-probs"),
+        pytest.param(7, None, id="no log-probs"),
+        pytest.param(9, None, id="no prompt log-probs"),
         pytest.param(7, [[float("nan"), []], [-1.0, []]], id="nan"),
         pytest.param(8, "because", id="finish"),
     ],
 )
-def test_a_field_out_of_its_bounds_is_refused(position: int, value: object) -> None:
+def test_a_field_out_of_its_bounds_is_refused(position: int, value: object, message: Tokens) -> None:
     with pytest.raises(ProtocolError):
-        decode(Tokens, altered(position, value))
+        decode(Tokens, altered(position, value, message))
 
 
 def test_a_newer_version_is_told_apart() -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import uvloop
 from aiohttp import web
 
 from services.gateway import connections
@@ -177,6 +178,23 @@ async def test_when_all_are_served_a_new_one_is_told_so() -> None:
         it.gate.set()
         for reader, _ in held:
             await read_answer(reader)
+
+
+def test_the_loop_that_the_gateway_runs_on_tells_it_too() -> None:
+    async def main() -> None:
+        async with site(max_connections=1, keepalive_timeout_s=3600) as it:
+            it.gate.clear()
+            held, writer = await it.connect()
+            writer.write(GET)
+            await until(lambda: it.serving == 1, "served")
+            reader, _ = await it.connect()
+            async with asyncio.timeout(10):
+                assert (await reader.readline()).startswith(b"HTTP/1.1 503 ")
+            it.gate.set()
+            await read_answer(held)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
 
 
 async def test_many_idle_connections_lock_nobody_out() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from services.gateway.choices import ChoiceOutput, Delta, TextRules
 from services.gateway.errors import GenerationFailed
-from services.gateway.generation import MAX_INBOX, Generation, submitted
+from services.gateway.generation import MAX_AT_ONCE, Generation, submitted
 from services.gateway.metering import TokenMeter
 from services.gateway.metrics import GatewayMetrics
 from shared.protocol.journal import chain
@@ -149,26 +150,25 @@ class FakeHandle:
         self.left: list[str] = []
         self.was_abandoned = False
         self.cancels: list[tuple[str, bool, Any]] = []
-        self._events: asyncio.Queue[Tokens | End | Exception] = asyncio.Queue()
-        self._count = 0
-        self._ended = False
+        self._events: deque[Tokens | End | Exception] = deque()
+        self._tell: Callable[[], None] = lambda: None
+        self.taken = 0
 
     def feed(self, *events: Tokens | End | Exception) -> None:
-        for event in events:
-            self._events.put_nowait(event)
+        self._events.extend(events)
+        self._tell()
 
-    def __aiter__(self) -> FakeHandle:
-        return self
+    def on_news(self, tell: Callable[[], None]) -> None:
+        self._tell = tell
 
-    async def __anext__(self) -> Tokens | End:
-        if self._ended:
-            raise StopAsyncIteration
-        event = await self._events.get()
+    def take(self) -> Tokens | End | None:
+        if not self._events:
+            return None
+        event = self._events.popleft()
         if isinstance(event, Exception):
             raise event
-        self._count += 1
-        self.position = Position(1, self._count)
-        self._ended = isinstance(event, End)
+        self.taken += 1
+        self.position = Position(1, self.taken)
         return event
 
     async def cancel(self, reason: str, force: bool = False, upto: Any = None) -> None:
@@ -391,12 +391,16 @@ async def test_a_client_that_has_everything_is_told_nothing() -> None:
 async def test_a_client_that_reads_slowly_does_not_fill_the_memory() -> None:
     generation, opener, _ = make()
     async with generation:
-        opener.handles[0].feed(*entries("Hello there " * 200))
+        handle = opener.handles[0]
+        events = entries("Hello there " * 200)
+        handle.feed(*events)
         await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        assert generation._inbox.qsize() <= MAX_INBOX
-        opener.handles[0].feed(DONE)
-        assert len(await drain(generation)) > MAX_INBOX
+        assert handle.taken == 0, "nothing is taken before it is asked for"
+        first = await generation.next(5)
+        assert first is not None
+        assert len(first) == handle.taken == MAX_AT_ONCE < len(events)
+        handle.feed(DONE)
+        assert len(await drain(generation)) == len(events) - MAX_AT_ONCE
 
 
 STOPS = ("the", "re wh", "zzz")

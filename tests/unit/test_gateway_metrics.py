@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from services.gateway.metrics import GatewayMetrics
 from shared.observability.metrics import MetricSet, label_word
@@ -30,6 +32,18 @@ def test_two_sets_share_nothing() -> None:
     second.counter("things_total", "Things.")
     assert b"slipstream_things_total 1.0" in first.render()
     assert b"slipstream_things_total 0.0" in second.render()
+
+
+@given(st.lists(st.floats(-1, 3, allow_nan=False) | st.sampled_from([0.1, 0.5, 2.0])))
+def test_a_tally_says_what_a_histogram_says(values: list[float]) -> None:
+    buckets = (0.1, 0.5, 2.0)
+    ours, reference = MetricSet(), MetricSet()
+    tally, histogram = ours.tally("s", "Seconds.", buckets), reference.histogram("s", "Seconds.", buckets)
+    for value in values:
+        tally.observe(value)
+        histogram.observe(value)
+    expected = [line for line in reference.render().splitlines() if b"_created" not in line]
+    assert ours.render().splitlines() == expected
 
 
 def test_counters_kept_elsewhere_are_read_at_the_scrape() -> None:

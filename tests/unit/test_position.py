@@ -13,7 +13,7 @@ from shared.protocol.position import MAX_NUMBER, START, WHOLE, Position, Standin
 from shared.protocol.sampling import MAX_CHOICES
 
 numbers = st.integers(0, MAX_NUMBER)
-positions = st.builds(Position, numbers, numbers) | st.builds(
+positions = st.builds(Position, numbers, numbers, st.just(WHOLE)) | st.builds(
     Position, numbers, st.just(0), st.integers(0, MAX_CHOICES - 1)
 )
 
