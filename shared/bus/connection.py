@@ -37,7 +37,12 @@ def connect_blocking(url: str) -> Redis:
     return _client(url, BLOCKING_TIMEOUT_S, Retry(NoBackoff(), 0))
 
 
-def _client(url: str, timeout: float, retry: Retry) -> Redis:
+def connect_lane(url: str) -> Redis:
+    """Client whose connections wait without bound and repeat nothing: a lane has a time for the whole call."""
+    return _client(url, None, Retry(NoBackoff(), 0))
+
+
+def _client(url: str, timeout: float | None, retry: Retry) -> Redis:
     keepalive = {} if url.startswith("unix:") else {"socket_keepalive": True}
     try:
         return Redis.from_url(

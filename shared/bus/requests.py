@@ -15,6 +15,7 @@ from typing import Any
 import msgpack
 from redis.asyncio import Redis
 
+from shared.bus.lane import Arg, Lane
 from shared.bus.results import (
     CANCEL_GONE,
     Append,
@@ -35,7 +36,7 @@ from shared.bus.results import (
     Submitted,
     Touched,
 )
-from shared.bus.script import Arg, Script
+from shared.bus.script import Script
 from shared.errors import ProtocolError
 from shared.protocol.codec import decode, decode_event, encode, encode_usage
 from shared.protocol.journal import chain
@@ -65,13 +66,17 @@ SCRIPTS = (
 
 
 class RequestStore:
-    """Calls the scripts; safe to share between tasks. Raises redis errors when Redis cannot be reached."""
+    """Calls the scripts; safe to share between tasks. Raises redis errors when Redis cannot be reached.
+
+    `lane`: a connection of its own for appends.
+    """
 
     def __init__(
         self,
         client: Redis,
         keys: Keys,
         *,
+        lane: Lane | None = None,
         live_ttl_ms: int = LIVE_TTL_MS,
         done_ttl_ms: int = DONE_TTL_MS,
         max_deaths: int = MAX_DEATHS,
@@ -80,6 +85,7 @@ class RequestStore:
         self.keys = keys
         self.scripts = {name: Script(name) for name in SCRIPTS}
         self._client = client
+        self._lane = lane
         self._live_ttl_ms = live_ttl_ms
         self._done_ttl_ms = done_ttl_ms
         self._max_deaths = max_deaths
@@ -174,7 +180,11 @@ class RequestStore:
         ]
         if not calls:
             return []
-        replies = await self.scripts["append"].pipeline(self._client, calls)
+        script = self.scripts["append"]
+        if self._lane is not None and len(calls) == 1:
+            replies = [await script.by_lane(self._lane, self._client, *calls[0])]
+        else:
+            replies = await script.pipeline(self._client, calls)
         return [_append_result(item) for reply in replies for item in reply]
 
     async def commit(

@@ -11,6 +11,7 @@ from redis.asyncio import Redis
 
 from shared.bus.connection import check, connect, connect_blocking
 from shared.bus.draining import DrainOrders
+from shared.bus.lane import open_lane
 from shared.bus.registry import Registry
 from shared.bus.requests import RequestStore
 from shared.bus.workqueue import WorkQueue
@@ -39,11 +40,12 @@ async def open_bus(
     async with (
         connect(settings.url, settings.command_timeout_s) as commands,
         connect_blocking(settings.url) as reader,
+        open_lane(settings.url, settings.command_timeout_s) as lane,
     ):
         log.info("bus_connected", server=await check(commands), worker_id=worker_id)
         yield WorkerBus(
             commands,
-            RequestStore(commands, keys),
+            RequestStore(commands, keys, lane=lane),
             WorkQueue(reader, commands, streams, worker_id),
             Registry(commands, keys, int(settings.heartbeat_ttl_s * 1000)),
             DrainOrders(commands, keys),

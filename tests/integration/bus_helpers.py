@@ -33,7 +33,7 @@ class Bench:
     numbers: Any = field(default_factory=itertools.count)
 
     @classmethod
-    def of(cls, client: Redis, keys: Keys, **options: int) -> Bench:
+    def of(cls, client: Redis, keys: Keys, **options: Any) -> Bench:
         return cls(client, keys, RequestStore(client, keys, **options))
 
     @property

@@ -77,7 +77,7 @@ class World:
         self.client = client
         self.keys = keys
         self.step_number = 0
-        limits = {} if poison else {"max_deaths": MANY, "max_kills": MANY}
+        limits: dict[str, Any] = {} if poison else {"max_deaths": MANY, "max_kills": MANY}
         self.store = RequestStore(client, keys, **limits)
         for name in self.store.scripts:
             self.store.scripts[name] = redirected(name, lambda text, name=name: break_script(name, text))  # type: ignore[misc]

@@ -123,12 +123,12 @@ class Lab(Bench):
         return lab
 
     def script(self, name: str) -> Script:
-        common, own = source("common"), source(name)
-        if self.mutation is not None and self.mutation.script == "common":
-            common = self.mutation.apply(common)
+        return Script(name, "".join(map(self._part, script.parts(name))))
+
+    def _part(self, name: str) -> str:
         if self.mutation is not None and self.mutation.script == name:
-            own = self.mutation.apply(own)
-        return Script(name, common + own)
+            return self.mutation.apply(source(name))
+        return source(name)
 
     async def set(self, name: str, value: str | int, request_id: str = "r") -> None:
         await self.client.hset(self.keys.request(request_id), name, str(value))

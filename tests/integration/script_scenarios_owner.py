@@ -40,6 +40,14 @@ async def nobody_owns_what_has_ended(lab: Lab) -> None:
     assert not await lab.store.fail(replace(lease, epoch=epoch, owner=""), "engine_error", "twice")
 
 
+async def nothing_is_appended_to_what_has_ended(lab: Lab) -> None:
+    lease = await lab.committed()
+    await lab.store.fail(lease, "engine_error", "x")
+    epoch, ev = int(await lab.field("epoch")), await lab.field("ev")
+    assert await lab.append(replace(lease, epoch=epoch, owner=""), tokens([1], [2])) == [Refused()]
+    assert await lab.field("ev") == ev
+
+
 async def nobody_owns_what_is_gone(lab: Lab) -> None:
     lease = await lab.committed()
     await lab.forget(request=True, journal=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from shared.bus.requests import Append
 from shared.bus.results import Appended, Begun, Behind, Cancelled, Committed, Ended, Offer, Refused, Stale, Submitted
 from shared.protocol.journal import chain
-from shared.protocol.messages import End
+from shared.protocol.messages import End, Tokens
 from tests.integration.bus_helpers import tokens
 from tests.integration.script_lab import USAGE, Lab
 
@@ -18,6 +18,16 @@ async def append_needs_the_length(lab: Lab) -> None:
     assert await lab.append(lease, twice) == [Appended()]
     assert await lab.append(lease, tokens([1, 2, 3], [4, 5])) == [Behind(4, chain("", [1, 2, 3, 4]))]
     assert (await lab.journal()).choices[0].tokens == [1, 2, 3, 4]
+
+
+async def events_of_a_request_keep_their_order(lab: Lab) -> None:
+    """One of them ends its choice, which is no ordinary step, and the other goes on."""
+    lease = await lab.committed(lab.job(n=2))
+    await lab.append(lease, tokens([1], [2], finish="stop"), tokens([1], [2], 1))
+    polled = await lab.store.poll("r", "")
+    assert polled is not None
+    events = [entry.event for entry in polled.entries if isinstance(entry.event, Tokens)]
+    assert [event.choice for event in events[-2:]] == [0, 1]
 
 
 async def append_compares_the_length_itself(lab: Lab) -> None:
