@@ -64,6 +64,20 @@ def test_draws_equal_the_sampler(folder: Path, isa) -> None:  # type: ignore[no-
     assert len(set(drawn.tolist())) > 10
 
 
+@pytest.mark.parametrize("threads", [2, 3, 7])
+def test_threads_that_share_a_draw_give_the_sampler_s_token(threads: int, folder: Path) -> None:
+    """The vocabulary has three blocks of noise: with more threads some parts are empty."""
+    decoder = native(folder, threads=threads)
+    found = []
+    for index in range(40):
+        item = planned(index, SamplingParams(64, index, temperature=(1.0, 5.0)[index % 2]), num_output=index % 5)
+        item.sequence.block_ids = [1, 2, 3, 4]
+        logits, drawn = run(decoder, [item])
+        assert drawn.tolist() == [wanted(item, logits[0])]
+        found.append(int(drawn[0]) // 64)
+    assert {0, 1} <= set(found)  # tokens of several parts
+
+
 def test_ties_go_to_the_lowest_id(folder: Path) -> None:
     """Equal embeddings give equal logits for every token."""
     model = random_model("LlamaForCausalLM", heads=4, kv_heads=2, hidden_size=64, tie_word_embeddings=False)

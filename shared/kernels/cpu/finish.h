@@ -2,7 +2,6 @@
 #pragma once
 
 #include "products.h"
-#include "sampling.h"
 
 namespace SL_NS {
 
@@ -27,11 +26,26 @@ inline void store_logits(float* row, int64_t at, int64_t vocab_size, F16 values)
     for (int64_t i = at; i < vocab_size; i++) row[i] = tail[i - at];
 }
 
-inline int32_t draw(const sl_step& s, int32_t vocab_size, int64_t row) {
+// Threads that draw one row together, each from its part of the vocabulary.
+inline int64_t num_draw_parts(const Work& work) { return ceil_div(work.team.size(), larger(1, work.step.num_logit_rows)); }
+
+inline Drawn draw_part(const sl_step& s, int32_t vocab_size, int64_t row, int64_t part, int64_t num_parts) {
     const float* logits = s.logits + row * vocab_size;
-    if (s.sample[row] == SL_SAMPLE_GREEDY) return draw_greedy(logits, vocab_size);
-    if (s.sample[row] == SL_SAMPLE_NONE) return -1;
-    return draw_gumbel(logits, vocab_size, s.temperatures[row], s.seeds[row], s.ordinals[row], s.choices[row]);
+    if (s.sample[row] == SL_SAMPLE_GUMBEL)
+        return draw_gumbel(logits, vocab_size, part, num_parts, s.temperatures[row], s.seeds[row], s.ordinals[row], s.choices[row]);
+    return Drawn{0.0f, part == 0 && s.sample[row] == SL_SAMPLE_GREEDY ? draw_greedy(logits, vocab_size) : -1};
+}
+
+// One token for each row, of those its parts gave; of equal scores the first. On the calling thread.
+inline void choose_drawn(const Work& work) {
+    const int64_t parts = num_draw_parts(work);
+    for (int64_t row = 0; work.step.sample && row < work.step.num_logit_rows; row++) {
+        const Drawn* drawn = work.arrays.drawn + row * parts;
+        Drawn best = drawn[0];
+        for (int64_t part = 1; part < parts; part++)
+            if (drawn[part].score > best.score) best = drawn[part];
+        work.step.sampled[row] = best.token;
+    }
 }
 
 inline void finish(const Work& work, Team::Member& me) {
@@ -50,7 +64,11 @@ inline void finish(const Work& work, Team::Member& me) {
                  for (int t = 0; t < count; t++)
                      store_logits(s.logits + (row + t) * m.vocab_size, at, m.vocab_size, values[t]);
              });
-    if (s.sample) work.team.each(me, rows, [&](int64_t row) { s.sampled[row] = draw(s, m.vocab_size, row); });
+    if (!s.sample) return;
+    const int64_t parts = num_draw_parts(work);
+    work.team.each(me, rows * parts, [&](int64_t item) {
+        a.drawn[item] = draw_part(s, m.vocab_size, item / parts, item % parts, parts);
+    });
 }
 
 }  // namespace SL_NS

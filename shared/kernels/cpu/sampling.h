@@ -61,26 +61,32 @@ inline int32_t draw_greedy(const float* logits, int32_t size) {
     return 0;
 }
 
-inline int32_t draw_gumbel(const float* logits, int32_t size, double temperature, uint64_t seed, uint32_t ordinal, uint32_t choice) {
+struct Drawn {
+    float score;
+    int32_t token;
+};
+
+// The best of part number `part` of `num_parts` of the vocabulary. The best of all is the first with the largest score.
+inline Drawn draw_gumbel(const float* logits, int32_t size, int64_t part, int64_t num_parts, double temperature, uint64_t seed,
+                         uint32_t ordinal, uint32_t choice) {
+    const int64_t blocks = (size + 4 * COUNTERS - 1) / (4 * COUNTERS);
+    const int32_t begin = (int32_t)(blocks * part / num_parts * 4 * COUNTERS);
+    const int32_t whole_end = (int32_t)(blocks * (part + 1) / num_parts * 4 * COUNTERS), end = whole_end < size ? whole_end : size;
     float bounds[33];
     for (int length = 0; length <= 32; length++) bounds[length] = gumbel_bound(length ? 1u << (length - 1) : 0u);
-    float best = -INFINITY;
-    int32_t token = 0;
+    Drawn best{-INFINITY, begin};
     uint32_t bits[4 * COUNTERS];
-    for (int32_t first = 0; first < size; first += 4 * COUNTERS) {
+    for (int32_t first = begin; first < end; first += 4 * COUNTERS) {
         philox((uint32_t)first / 4, seed, ordinal, choice, bits);
-        int32_t count = size - first < 4 * COUNTERS ? size - first : 4 * COUNTERS;
+        int32_t count = end - first < 4 * COUNTERS ? end - first : 4 * COUNTERS;
         for (int32_t i = 0; i < count; i++) {
             float scaled = (float)((double)logits[first + i] / temperature);
-            if (scaled + bounds[bits[i] ? 32 - __builtin_clz(bits[i]) : 0] < best) continue;
+            if (scaled + bounds[bits[i] ? 32 - __builtin_clz(bits[i]) : 0] < best.score) continue;
             float score = scaled + gumbel(bits[i]);
-            if (score > best) {
-                best = score;
-                token = first + i;
-            }
+            if (score > best.score) best = Drawn{score, first + i};
         }
     }
-    return token;
+    return best;
 }
 
 }  // namespace SL_NS

@@ -27,6 +27,7 @@ class Engine {
             for (int i = 0; i < m_.num_layers; i++) forward_layer(work, me, i);
             finish(work, me);
         });
+        choose_drawn(work);
         return 0;
     }
 

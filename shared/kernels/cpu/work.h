@@ -2,6 +2,7 @@
 #pragma once
 
 #include "plan.h"
+#include "sampling.h"
 #include "team.h"
 
 namespace SL_NS {
@@ -37,6 +38,7 @@ struct Arrays {
     float *hidden, *qkv, *attended, *inner;
     QuantRows inner_quant;
     float *partial_acc, *partial_top, *partial_total;  // attention whose splits several threads compute
+    Drawn* drawn;             // [num_logit_rows][parts of the vocabulary]
     const RowBuffer* inputs;  // one for all threads, or one for each
     bool has_own_inputs;
 };
@@ -80,6 +82,8 @@ class Scratch {
         out.partial_top = partial_top_.floats(2 * partials);
         out.partial_total = partials ? out.partial_top + partials : nullptr;
         if (partials && !(out.partial_acc && out.partial_top)) return false;
+        out.drawn = (Drawn*)drawn_.take((step.num_logit_rows + inputs_.size()) * sizeof(Drawn));
+        if (!out.drawn) return false;
         return take_inputs(larger(rows, step.num_logit_rows), larger(model.hidden_size, shape.attention_size), out);
     }
 
@@ -92,7 +96,7 @@ class Scratch {
         return true;
     }
 
-    Buffer hidden_, qkv_, attended_, inner_, partial_acc_, partial_top_;
+    Buffer hidden_, qkv_, attended_, inner_, partial_acc_, partial_top_, drawn_;
     QuantBuffer inner_quant_;
     std::vector<RowBuffer> inputs_;
 };
