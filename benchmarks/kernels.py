@@ -41,10 +41,13 @@ ROWS = (1, 2, 4, 8, 16, 32, 64)
 CONTEXTS = (128, 512, 1024, 2048, 4096, 8192)
 SEQUENCES = (1, 8, 64, 256, 1024, 2048)
 BLOCK_SIZE = 16
+SETTLE_S = 0.05
+"""Before each measurement: torch's threads go on spinning after a product and would disturb the next one."""
 
 
 def best_of(work: Callable[[], object], rounds: int = 20) -> float:
     """Seconds of the fastest of `rounds` calls, after one to warm up."""
+    time.sleep(SETTLE_S)
     work()
     times = []
     for _ in range(rounds):

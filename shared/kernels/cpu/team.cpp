@@ -95,8 +95,9 @@ void Team::serve(int index) {
 }
 
 void Team::meet(Member& me) {
-    uint32_t phase = phase_.value.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+    const uint32_t phase = phase_.value.load(std::memory_order_acquire);
+    const int members = size_;  // read before arriving: after the last meeting of a run the caller may change it
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == members) {
         arrived_.store(0, std::memory_order_relaxed);
         advance(phase_);
     } else {
