@@ -19,7 +19,9 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("tests/unit/test_kernels_matmul.py", "tests/unit/test_native_decoder.py", "tests/unit/test_native_draws.py")
+TESTS = tuple(
+    f"tests/unit/test_{name}.py" for name in ("kernels_matmul", "native_decoder", "native_draws", "native_filters")
+)
 FLAGS = ("-std=c++17", "-O1", "-g", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-w")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 
