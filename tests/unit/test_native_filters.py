@@ -162,9 +162,10 @@ def test_rows_without_a_finite_logit_draw_the_lowest_id(draw_rows: DrawRows) -> 
 
 
 def test_rows_that_are_not_numbers_give_some_id(draw_rows: DrawRows) -> None:
-    """What a broken model computes is nobody's token, but memory stays whole."""
+    """What a broken model computes is nobody's token, but it is an id, and nothing else is read or written."""
     rng = np.random.default_rng(1)
     rows = rows_of(8, 200, 500)
     rows[rng.random(rows.shape) < 0.4] = np.nan
+    rows[7] = np.nan
     rows[100:][rng.random((100, 500)) < 0.1] = np.inf
     assert all(0 <= token < 500 for token in draw_rows(rows, asked_of(5, 200)))

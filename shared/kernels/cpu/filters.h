@@ -137,8 +137,8 @@ inline float bound_of_top_k(const float* logits, int32_t size, int32_t k, float*
     int32_t blocks = size / BLOCK;
     if (k > blocks) return -INFINITY;
     for (int32_t block = 0; block < blocks; block++) {
-        F16 top = f_load(logits + block * BLOCK);
-        for (int i = LANES; i < BLOCK; i += LANES) top = f_max(top, f_load(logits + block * BLOCK + i));
+        F16 top = f_set(-INFINITY);
+        for (int i = 0; i < BLOCK; i += LANES) top = f_max(f_load(logits + block * BLOCK + i), top);
         tops[block] = f_top(top);
     }
     uint32_t order = find_border(tops, blocks, k, [](int32_t) { return 1; }).order;

@@ -66,10 +66,11 @@ class Contest {
     int32_t winner_ = 0;
 };
 
+// The largest logit; what is not a number is passed over, as the second operand of `f_max` then stays.
 inline float largest(const float* logits, int32_t size) {
     int32_t whole = size / LANES * LANES;
-    F16 top = f_set(logits[0]);
-    for (int32_t i = 0; i < whole; i += LANES) top = f_max(top, f_load(logits + i));
+    F16 top = f_set(-INFINITY);
+    for (int32_t i = 0; i < whole; i += LANES) top = f_max(f_load(logits + i), top);
     float most = f_top(top);
     for (int32_t i = whole; i < size; i++) most = logits[i] > most ? logits[i] : most;
     return most;
