@@ -39,7 +39,7 @@ class DecodeRequest:
         `prompt_logprobs` go with a first token that was sampled here, because the prefill worker did not get to it.
         """
         event = tokens_event(self.state, samples, prompt_logprobs)
-        self.state.choices[event.choice].accept(event)
+        self.state.choices[event.choice].take(event)
         return Append(self.lease, event, self._usage_now() if event.finish else None)
 
     def append_from(self, choice: int, base: int) -> Append:

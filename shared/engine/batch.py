@@ -11,30 +11,35 @@ from shared.model.batch import RaggedStep
 
 
 def build_step(plan: Sequence_[Scheduled], block_size: int) -> RaggedStep:
-    """Lay the planned tokens out in rows, sequence after sequence."""
-    counts = np.array([item.num_tokens for item in plan])
-    starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
-    first = np.array([item.sequence.num_computed for item in plan])
-    context_lens = (first + counts).astype(np.int32)
-    widths = -(-context_lens // block_size)
-    tables = np.zeros((len(plan), int(widths.max())), dtype=np.int32)
+    """Lay the planned tokens out in rows, sequence after sequence.
+
+    Lists until the end: most steps have few rows, and an operation on a small array costs as much as ten on a list.
+    """
     token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    starts, context_lens = [0], []
+    tables: list[list[int]] = []
     logit_rows: list[int] = []
-    for index, item in enumerate(plan):
+    for item in plan:
         sequence, begin = item.sequence, item.sequence.num_computed
-        token_ids += sequence.tokens[begin : begin + item.num_tokens]
-        tables[index, : widths[index]] = sequence.block_ids[: widths[index]]
-        logit_rows += [int(starts[index]) + offset for offset in rows_with_logits(item)]
-    owners = np.repeat(np.arange(len(plan)), counts)
-    positions = np.arange(starts[-1]) - (starts[:-1] - first)[owners]
-    slots = tables[owners, positions // block_size].astype(np.int64) * block_size + positions % block_size
+        end = begin + item.num_tokens
+        blocks = sequence.block_ids[: -(-end // block_size)]
+        tables.append(blocks)
+        token_ids += sequence.tokens[begin:end]
+        positions += range(begin, end)
+        slots += [blocks[at // block_size] * block_size + at % block_size for at in range(begin, end)]
+        logit_rows += [starts[-1] + offset for offset in rows_with_logits(item)]
+        starts.append(starts[-1] + item.num_tokens)
+        context_lens.append(end)
+    width = max(map(len, tables))
     return RaggedStep(
         np.array(token_ids, dtype=np.int32),
-        positions.astype(np.int32),
-        slots,
-        starts,
-        tables,
-        context_lens,
+        np.array(positions, dtype=np.int32),
+        np.array(slots, dtype=np.int64),
+        np.array(starts, dtype=np.int32),
+        np.array([blocks + [0] * (width - len(blocks)) for blocks in tables], dtype=np.int32),
+        np.array(context_lens, dtype=np.int32),
         np.array(logit_rows, dtype=np.int32),
     )
 

@@ -90,6 +90,11 @@ class Engine:
         return self.blocks.num_usable * self._block_size
 
     @property
+    def model_s(self) -> float:
+        """Processor time the engine's thread has spent in the model."""
+        return self._runner.model_s
+
+    @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
@@ -142,12 +147,12 @@ class Engine:
     def commit(self, plan: list[Scheduled], result: StepResult) -> list[Output]:
         """Advance the planned sequences and sample; a sequence ended since the plan was made is passed over."""
         self._steps += 1
-        outputs, row = [], 0
+        outputs, row, all_drawn = [], 0, result.drawn.tolist()
         for item in plan:
             rows = slice(row, row + len(rows_with_logits(item)))
             row = rows.stop
             if item.sequence.status is Status.RUNNING:
-                drawn = int(result.drawn[row - 1]) if rows.start < row else -1
+                drawn = all_drawn[row - 1] if rows.start < row else -1
                 outputs.append(self._commit_one(item, result.logits[rows], drawn))
         return outputs
 
@@ -233,7 +238,7 @@ class Engine:
         return Output(sequence, samples, prompt_logprobs, sequence.num_computed)
 
     def _sample(self, sequence: Sequence, logits: F32, drawn: int) -> tuple[Sampled, ...]:
-        return tuple(self._sample_choice(sequence, choice, logits[-1], drawn) for choice in sequence.choices)
+        return tuple([self._sample_choice(sequence, choice, logits[-1], drawn) for choice in sequence.choices])
 
     def _sample_choice(self, sequence: Sequence, choice: int, logits: F32, drawn: int) -> Sampled:
         """`drawn` is what the runner drew for the sequence's only choice, -1 if it did not."""

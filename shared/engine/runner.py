@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,6 +31,11 @@ class Runner(Protocol):
 
     cache: KVCache
 
+    @property
+    def model_s(self) -> float:
+        """Processor time the calling thread has spent in the model; the rest of a step's is Python around it."""
+        ...
+
     def run(self, step: RaggedStep, draws: Draws) -> StepResult:
         """Compute one step. A runner may draw the rows `draws` describes; what it does not draw, the engine does."""
         ...
@@ -42,9 +48,17 @@ class TorchRunner:
         self._model = model
         self._device = torch.device(device)
         self.cache = cache
+        self.model_s = 0.0
 
     @torch.inference_mode()
     def run(self, step: RaggedStep, draws: Draws) -> StepResult:
+        began = time.thread_time()
+        try:
+            return self._compute(step)
+        finally:
+            self.model_s += time.thread_time() - began
+
+    def _compute(self, step: RaggedStep) -> StepResult:
         hidden = self._model.forward(self._batch(step), self.cache.data)
         nothing = np.full(len(step.logit_rows), -1, dtype=np.int32)
         if not len(step.logit_rows):
@@ -87,6 +101,10 @@ class NativeRunner:
         self._model = model
         self._cores = cores or AllCores()
         self.cache = cache
+
+    @property
+    def model_s(self) -> float:
+        return self._model.run_s
 
     def run(self, step: RaggedStep, draws: Draws) -> StepResult:
         with self._cores.step() as threads:

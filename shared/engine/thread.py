@@ -6,6 +6,9 @@ callback, on this thread; a service hands them over to its loop there.
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +24,10 @@ from shared.engine.engine import Engine, Output
 log = structlog.get_logger()
 T = TypeVar("T")
 
+NAME = "engine"
+"""Of the thread, for the kernel too: `top -H` and `benchmarks.step_costs` tell it by that."""
+
+_PR_SET_NAME = 15
 _IDLE_WAIT_S = 0.5
 _STALLED_WAIT_S = 0.005
 
@@ -42,7 +49,7 @@ class EngineThread:
         self._on_failure = on_failure
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=NAME, daemon=True)
         self.turn_began: float | None = None
         """Monotonic time the running turn began, None between turns. A step that never ends shows here."""
 
@@ -79,6 +86,7 @@ class EngineThread:
         self._stopping = True
 
     def _run(self) -> None:
+        _name_thread(NAME)
         try:
             wait = 0.0
             while not self._stopping:
@@ -87,10 +95,16 @@ class EngineThread:
                 self._run_actions(first)
                 wait = self._turn()
                 self.turn_began = None
+            self._log_times()
         except BaseException as error:
             self.turn_began = None
             log.error("engine_failed", error=repr(error))
             self._on_failure(error)
+
+    def _log_times(self) -> None:
+        """Where the thread's time went: what is not the model's is Python, which a step pays beside it."""
+        thread_s, model_s = time.thread_time(), self._engine.model_s
+        log.info("engine_stopped", pid=os.getpid(), thread_s=round(thread_s, 3), model_s=round(model_s, 3))
 
     def _turn(self) -> float:
         """One step if there is work; returns how long the inbox may wait before the next turn."""
@@ -112,3 +126,8 @@ class EngineThread:
         while action is not None:
             action()
             action = self._next_action(0.0)
+
+
+def _name_thread(name: str) -> None:
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)

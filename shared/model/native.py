@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import time
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +21,14 @@ F32 = npt.NDArray[np.float32]
 
 KV_DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
 """`sl_kv` of the C interface."""
+
+
+_Anything = ctypes.c_char * 0
+
+
+def address(array: npt.NDArray[Any]) -> int:
+    """Where a writable array's values lie, one after the other; a sixth of the time that `array.ctypes.data` takes."""
+    return ctypes.addressof(_Anything.from_buffer(array))  # type: ignore[arg-type]  # numpy types no buffer
 
 
 class Draws(Protocol):
@@ -65,6 +74,8 @@ class NativeDecoder:
         self._weights = weights
         self._library = library
         self._threads = threads
+        self.run_s = 0.0
+        """Processor time the calling thread has spent in native steps."""
         self._start(weights.model)
 
     def _start(self, model: CModel) -> None:
@@ -119,9 +130,11 @@ class NativeDecoder:
             arrays["sample"] = draws.ways
             arrays |= {name: getattr(draws, name) for name in DRAW_ARRAYS}
         for name, array in arrays.items():
-            setattr(call, name, array.ctypes.data)
+            setattr(call, name, address(array))
         call.kv, call.num_blocks = kv.data_ptr(), kv.shape[1]
+        began = time.thread_time()
         self._library.run(self._engine, call)
+        self.run_s += time.thread_time() - began
         return logits, sampled
 
     def _check(self, step: RaggedStep) -> None:
@@ -130,7 +143,7 @@ class NativeDecoder:
             ("token id", step.token_ids, self.config.vocab_size),
             ("position", step.positions, self.config.max_position),
         ):
-            if len(values) and not 0 <= int(values.min()) <= int(values.max()) < end:
+            if len(values) and int(values.view(np.uint32).max()) >= end:  # a negative number is a large one there
                 raise IndexError(f"a {name} is outside 0 to {end - 1}")
 
     def _logits_of(self, num_rows: int) -> F32:

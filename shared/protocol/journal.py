@@ -58,6 +58,14 @@ class ChoiceState:
         self.h = chain(self.h, tokens)
         self.tokens.extend(tokens)
 
+    def take(self, event: Tokens) -> None:
+        """Take tokens that were made to continue this very state: nothing is left to compare."""
+        if event.logprobs:
+            self.logprobs.update(enumerate(event.logprobs, len(self.tokens)))
+        self.tokens.extend(event.tokens)
+        self.h = event.h
+        self.finish = event.finish
+
     def accept(self, event: Tokens) -> Tokens | None:
         """Take what is new in `event`; None when it brings nothing.
 

@@ -72,16 +72,16 @@ def tokens_event(
     """The journal event for consecutive samples of one choice, continuing `state` (which is not changed)."""
     choice = samples[0].choice
     held = state.choices[choice]
-    tokens = tuple(sample.token for sample in samples)
+    tokens = tuple([sample.token for sample in samples])
     return Tokens(
-        choice=choice,
-        base=len(held.tokens),
-        h_base=held.h,
-        h=chain(held.h, tokens),
-        tokens=tokens,
-        logprobs=tuple(sample.logprob for sample in samples if sample.logprob is not None),
-        finish=samples[-1].finish,
-        prompt_logprobs=prompt_logprobs if choice == 0 and not held.tokens else (),
+        choice,
+        len(held.tokens),
+        held.h,
+        chain(held.h, tokens),
+        tokens,
+        tuple([sample.logprob for sample in samples if sample.logprob is not None]),
+        samples[-1].finish,
+        prompt_logprobs if choice == 0 and not held.tokens else (),
     )
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from shared.engine.engine import Engine, Output, Reservation
-from shared.engine.thread import EngineThread
+from shared.engine.thread import NAME, EngineThread
 from shared.errors import EngineError
 from shared.worker.bridge import EngineBridge
 from tests.engine_fakes import expected_tokens, make_engine, make_sequence, output_of
@@ -66,6 +69,23 @@ def test_a_command_runs_on_the_engine_thread_and_its_result_comes_back() -> None
     with running(engine) as (thread, _):
         assert thread.call(lambda given: given).result(WAIT_S) is engine
         assert thread.call(names_thread).result(WAIT_S) != threading.get_ident()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads have names for the kernel on Linux")
+def test_the_kernel_knows_the_thread_by_name() -> None:
+    with running(make_engine()[0]) as (thread, _):
+        native_id = thread.call(lambda _: threading.get_native_id()).result(WAIT_S)
+        assert Path(f"/proc/self/task/{native_id}/comm").read_text() == f"{NAME}\n"
+
+
+def test_at_its_end_the_thread_says_how_much_of_its_time_was_the_models() -> None:
+    engine, _ = make_engine()
+    with capture_logs() as logs:
+        with running(engine) as (thread, report):
+            thread.call(lambda given: given.add(make_sequence([1, 2, 3], max_tokens=4))).result(WAIT_S)
+            assert report.finished.wait(WAIT_S)
+        (stopped,) = [entry for entry in logs if entry["event"] == "engine_stopped"]
+    assert 0 < stopped["model_s"] <= stopped["thread_s"]
 
 
 def test_an_exception_of_a_command_is_its_callers_and_the_thread_goes_on() -> None:

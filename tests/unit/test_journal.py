@@ -132,3 +132,16 @@ def test_a_journal_of_other_shape_is_refused() -> None:
         fold(entries(Marker((0,)), event([], [1], 3)), 1)
     with pytest.raises(ProtocolError, match="2 choices"):
         fold(entries(Marker((0, 0))), 1)
+
+
+@pytest.mark.parametrize("logprobs", [(), (TokenLogprob(-0.5, ((7, -0.5),)), TokenLogprob(-1.5, ()))])
+@pytest.mark.parametrize("finish", [None, "stop"])
+def test_taking_what_continues_is_accepting_it(logprobs: tuple[TokenLogprob, ...], finish: str | None) -> None:
+    taking, accepting = ChoiceState(), ChoiceState()
+    for choice in (taking, accepting):
+        choice.extend([1, 2, 3])
+    h = taking.h
+    event = Tokens(0, 3, h, chain(h, (7, 8)), (7, 8), logprobs, finish)
+    taking.take(event)
+    assert accepting.accept(event) == event
+    assert taking == accepting
