@@ -8,16 +8,15 @@ from typing import Any
 
 import structlog
 from redis.asyncio import Redis
-from redis.asyncio.client import PubSub
 from redis.exceptions import RedisError
 
+from shared.bus.subscription import Subscription
 from shared.errors import BusUnavailable, ProtocolError
 from shared.protocol.codec import decode_event, unpack
 from shared.protocol.keys import Keys
 from shared.protocol.messages import JournalEntry
 
 CONFIRM_TIMEOUT_S = 5.0
-POLL_S = 1.0
 RECONNECT_S = 0.2
 
 Published = tuple[str, JournalEntry]
@@ -39,45 +38,37 @@ class EventFeed:
     def __init__(self, client: Redis, keys: Keys, gateway_id: str) -> None:
         self._client = client
         self._channel = keys.tokens(gateway_id)
-        self._pubsub: PubSub | None = None
+        self._subscription: Subscription | None = None
 
     async def subscribe(self) -> None:
         """Subscribe and wait for the server's confirmation; only then may requests be submitted."""
         await self.aclose()
-        pubsub = self._client.pubsub()
-        self._pubsub = pubsub
         try:
             async with asyncio.timeout(CONFIRM_TIMEOUT_S):
-                await pubsub.subscribe(self._channel)
-                while (message := await pubsub.get_message(timeout=POLL_S)) is None or message["type"] != "subscribe":
-                    pass
+                self._subscription = await Subscription.open(self._client, self._channel)
         except (RedisError, OSError, TimeoutError) as error:
-            await self.aclose()
             raise BusUnavailable(f"the token channel cannot be subscribed: {type(error).__name__}") from error
 
     async def aclose(self) -> None:
-        if self._pubsub is not None:
-            pubsub, self._pubsub = self._pubsub, None
-            await pubsub.aclose()  # type: ignore[no-untyped-call, unused-ignore]
+        if self._subscription is not None:
+            subscription, self._subscription = self._subscription, None
+            await subscription.close()
 
     async def __aiter__(self) -> AsyncIterator[list[Published] | Resubscribed]:
         while True:
             try:
-                if self._pubsub is None:
+                if self._subscription is None:
                     await self.subscribe()
                     yield Resubscribed()
                     continue
-                reply = await self._pubsub.parse_response(block=False, timeout=POLL_S)
+                messages = await self._subscription.messages()
             except (RedisError, OSError, BusUnavailable) as error:
                 _log.warning("token_channel_lost", error=type(error).__name__)
                 await self._drop()
                 await asyncio.sleep(RECONNECT_S)
                 continue
-            match reply:
-                case [b"subscribe", *_]:
-                    yield Resubscribed()
-                case [b"message", _, data]:
-                    yield _decoded(data)
+            for data in messages:
+                yield _decoded(data)
 
     async def _drop(self) -> None:
         try:

@@ -7,7 +7,7 @@ import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from redis.asyncio import Redis
@@ -185,7 +185,7 @@ _RECEIVER = re.compile(r"(?:^|[._])(client|commands|reader|pipe|pubsub)$")
 
 
 def called_by_services() -> set[str]:
-    """Commands of the Redis clients' methods that the services and the bus call."""
+    """Commands of the Redis clients' methods that the services and the bus call, and those they pack themselves."""
     found = set()
     for folder in ("shared/bus", "shared/worker", "services"):
         for path in (ROOT / folder).rglob("*.py"):
@@ -197,6 +197,8 @@ def called_by_services() -> set[str]:
                 method = node.func.attr
                 if _RECEIVER.search(ast.unparse(node.func.value)) and _is_command(method):
                     found.add(_METHODS.get(method, method))
+                if method == "pack_command":
+                    found.add(ast.literal_eval(cast(ast.Tuple, node.args[0]).elts[0]).lower())
     return found
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from shared.kernels.library import load_library
 from tests.forbidden import find_forbidden
 from tests.stack import stack
 from tests.tiny_model import write_tiny_model
@@ -183,6 +184,7 @@ async def test_serving_calls_no_deserialiser(
     monkeypatch.setattr(torch, "load", lambda *args, **_: called.append(args))
     model = write_tiny_model(tmp_path / "tiny")
     body = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5, "seed": 1}
+    load_library()  # the kernels' own library, by its own path, once in a process
     with WATCH.on() as heard:
         async with stack(redis_url, deployment, model) as made:
             assert (await made.post("/v1/chat/completions", body))[0] == 200
