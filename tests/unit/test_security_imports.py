@@ -131,7 +131,8 @@ class Watch:
         sys.addaudithook(self._hear)
 
     def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if self.is_on and event in self.EVENTS and not _is_import():
+        opens_itself = (event, arguments) == ("ctypes.dlopen", (None,))  # the C library that is loaded already
+        if self.is_on and event in self.EVENTS and not opens_itself and not _is_import():
             self.heard.append(f"{event} {arguments!r:.100}")
 
     @contextmanager
