@@ -1,7 +1,7 @@
 """Which of the workers on one machine compute at the moment, so that together they use its cores once.
 
 A board is one word for each worker in memory that `slipstream serve` shares with its children. A worker writes its own
-word only, at both ends of a step, and reads the others' before it begins one: nobody waits for anybody.
+word only, at both ends of a step, and reads the others' as it goes: nobody waits for anybody.
 """
 
 from __future__ import annotations
@@ -13,42 +13,28 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+
+import numpy as np
 
 VARIABLE = "_SLIPSTREAM_CORES"
 """`descriptor:slot`, set by the parent for one child; not a setting."""
 
-MAX_SLOTS = 512
+MAX_SLOTS = 128
 _WORD = 8
 _COMPUTING = (1 << 64) - 1
 _BETWEEN_STEPS_NS = 5_000_000
 """A worker whose last step ended this recently counts as computing: it is making up its next step."""
 
 
-class Cores(Protocol):
-    """How many threads a step may use."""
-
-    @contextmanager
-    def step(self) -> Iterator[int]:
-        """Held while a step runs; gives its threads, 0 for all the worker has."""
-        ...
-
-
-class AllCores:
-    """A worker that knows of no other."""
-
-    @contextmanager
-    def step(self) -> Iterator[int]:
-        yield 0
-
-
 class CoreBoard:
-    """The shared words. The parent creates it and empties the slot of a child that has died."""
+    """The shared words. The parent creates it and empties the slot of a child that has died.
+
+    The memory goes with the object, not at `close`: the kernels may hold its address.
+    """
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        self._memory = mmap.mmap(descriptor, MAX_SLOTS * _WORD)
-        self.words = memoryview(self._memory).cast("Q")
+        self.words = np.frombuffer(mmap.mmap(descriptor, MAX_SLOTS * _WORD), dtype=np.uint64)
 
     @classmethod
     def create(cls) -> CoreBoard:
@@ -67,8 +53,6 @@ class CoreBoard:
         self.words[slot] = 0
 
     def close(self) -> None:
-        self.words.release()
-        self._memory.close()
         os.close(self._descriptor)
 
 
@@ -81,16 +65,17 @@ class CoreShare:
     num_cores: int
 
     @contextmanager
-    def step(self) -> Iterator[int]:
+    def step(self) -> Iterator[None]:
+        """Held while a step runs."""
         words = self.board.words
         words[self.slot] = _COMPUTING
         try:
-            yield self.num_threads(time.monotonic_ns())
+            yield
         finally:
             words[self.slot] = time.monotonic_ns()
 
     def num_threads(self, now: int) -> int:
-        """Threads for a step beginning at `now` (monotonic nanoseconds); at least one."""
+        """Threads for a step at `now` (monotonic nanoseconds), at least one. The kernels count the same way."""
         words = self.board.words.tolist()
         computing = [slot for slot, word in enumerate(words) if slot != self.slot and word > now - _BETWEEN_STEPS_NS]
         each, rest = divmod(self.num_cores, len(computing) + 1)
@@ -98,10 +83,10 @@ class CoreShare:
         return max(1, each + (before < rest))
 
 
-def share_cores(num_cores: int) -> Cores:
-    """This worker's share as its parent gave it, or all cores where no parent did."""
+def core_share(num_cores: int) -> CoreShare | None:
+    """This worker's place as its parent gave it; None where no parent did, and it has all its cores."""
     given = os.environ.get(VARIABLE)
     if not given:
-        return AllCores()
+        return None
     descriptor, slot = map(int, given.split(":"))
     return CoreShare(CoreBoard(descriptor), slot, num_cores)

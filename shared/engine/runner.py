@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from shared.cores import AllCores, Cores
+from shared.cores import CoreShare
 from shared.engine.draws import Draws
 from shared.engine.noise import F32
+from shared.kernels.library import CCores
 from shared.kv.cache import KVCache
 from shared.model.batch import AttentionGroup, ForwardBatch, Int32, Int64, RaggedStep, padded_rows
 from shared.model.language_model import ForwardPass
@@ -97,9 +99,10 @@ class TorchRunner:
 class NativeRunner:
     """The CPU kernels: one call a step, draws included."""
 
-    def __init__(self, model: NativeDecoder, cache: KVCache, cores: Cores | None = None) -> None:
+    def __init__(self, model: NativeDecoder, cache: KVCache, share: CoreShare | None = None) -> None:
         self._model = model
-        self._cores = cores or AllCores()
+        self._share = share
+        self._cores = None if share is None else place_of(share)
         self.cache = cache
 
     @property
@@ -107,5 +110,11 @@ class NativeRunner:
         return self._model.run_s
 
     def run(self, step: RaggedStep, draws: Draws) -> StepResult:
-        with self._cores.step() as threads:
-            return StepResult(*self._model.run(step, self.cache.data, draws, threads=threads))
+        with nullcontext() if self._share is None else self._share.step():
+            return StepResult(*self._model.run(step, self.cache.data, draws, cores=self._cores))
+
+
+def place_of(share: CoreShare) -> CCores:
+    """A share as the kernels read it; valid as long as the share is."""
+    words = share.board.words
+    return CCores(words.ctypes.data, len(words), share.slot, share.num_cores)

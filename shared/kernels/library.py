@@ -6,13 +6,13 @@ The structs mirror `cpu/slipstream_cpu.h` field by field. ctypes lets go of the 
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_uint64, c_void_p
 from enum import IntEnum
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-ABI = 2
+ABI = 3
 """`SL_ABI` of the header this file mirrors."""
 
 
@@ -73,6 +73,12 @@ class CModel(Structure):
     ]
 
 
+class CCores(Structure):
+    """A place on the board of those who share a machine's cores (`shared.cores`)."""
+
+    _fields_ = [("words", c_void_p), *((name, c_int32) for name in ("num_slots", "slot", "num_cores"))]
+
+
 class CStep(Structure):
     _fields_ = [
         *((name, c_int32) for name in ("num_tokens", "num_seqs", "table_width", "num_logit_rows", "num_threads")),
@@ -81,7 +87,7 @@ class CStep(Structure):
             for name in ("token_ids", "positions", "slots", "starts", "block_tables", "logit_rows", "kv")
         ),
         ("num_blocks", c_int64),
-        *((name, c_void_p) for name in ("logits", "sample", *DRAW_ARRAYS, "sampled")),
+        *((name, c_void_p) for name in ("logits", "sample", *DRAW_ARRAYS, "cores", "sampled")),
     ]
 
 
@@ -97,6 +103,7 @@ class Library:
         self._functions.sl_hidden.restype = c_void_p
         self._functions.sl_hidden.argtypes = [c_void_p]
         self._functions.sl_matmul.argtypes = [c_void_p, c_void_p, c_void_p, c_int32, c_void_p]
+        self._functions.sl_num_threads.argtypes = [c_void_p, c_uint64]
         self._functions.sl_draw.argtypes = [c_void_p, c_void_p, c_int32]
         if self._functions.sl_abi() != ABI:
             raise OSError(f"{path} was built from another version of the sources; install Slipstream again")
@@ -128,6 +135,10 @@ class Library:
         """Product of float32 rows with a matrix, both as addresses. Raises MemoryError."""
         if self._functions.sl_matmul(engine, ctypes.addressof(matrix), rows, num_rows, out):
             raise MemoryError("no memory for the product's activations")
+
+    def num_threads(self, cores: CCores, now_ns: int) -> int:
+        """How many threads a step may use that begins at `now_ns`."""
+        return int(self._functions.sl_num_threads(ctypes.addressof(cores), now_ns))
 
     def draw(self, engine: int, step: CStep, vocab_size: int) -> None:
         """Draw from the logits that `step` holds, on this thread."""

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from shared.kernels.library import ABI, DRAW_ARRAYS, CModel, CStep, Isa, Library
+from shared.kernels.library import ABI, DRAW_ARRAYS, CCores, CModel, CStep, Isa, Library
 from shared.model.batch import ForwardBatch, Int32, RaggedStep
 from shared.model.config import ModelConfig
 from shared.model.native_weights import NativeWeights
@@ -112,11 +112,14 @@ class NativeDecoder:
         shorter._start(model)
         return shorter
 
-    def run(self, step: RaggedStep, kv: Tensor, draws: Draws | None = None, *, threads: int = 0) -> tuple[F32, Int32]:
+    def run(
+        self, step: RaggedStep, kv: Tensor, draws: Draws | None = None, *, threads: int = 0, cores: CCores | None = None
+    ) -> tuple[F32, Int32]:
         """Logits [len(logit_rows), vocab_size] and, with `draws`, the sampled ids (-1 where none was asked for).
 
-        `threads` is how many of the decoder's threads compute this step, 0 for all; it changes no bit. The logits are
-        overwritten by the next run: fresh memory for each step would be cleared page by page.
+        `threads` is how many of the decoder's threads compute this step, 0 for all; with `cores` it is their share,
+        counted anew as a long step goes on. No number of threads changes a bit. The logits are overwritten by the
+        next run: fresh memory for each step would be cleared page by page.
         """
         self._check(step)
         num_rows = len(step.logit_rows)
@@ -132,6 +135,7 @@ class NativeDecoder:
         for name, array in arrays.items():
             setattr(call, name, address(array))
         call.kv, call.num_blocks = kv.data_ptr(), kv.shape[1]
+        call.cores = ctypes.addressof(cores) if cores else None
         began = time.thread_time()
         self._library.run(self._engine, call)
         self.run_s += time.thread_time() - began

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import structlog
 
 from shared.config import EngineSettings
-from shared.cores import share_cores
+from shared.cores import core_share
 from shared.engine.runner import NativeRunner, Runner, TorchRunner
 from shared.errors import ConfigurationError
 from shared.kernels.library import Library, load_library
@@ -73,7 +73,7 @@ def choose_kernels(source: ModelSource, settings: EngineSettings) -> Kernels:
 def make_runner(model: LanguageModel, cache: KVCache, device: str, threads: int) -> Runner:
     """The runner for how a model was loaded; the kernels share `threads` with other workers of this machine."""
     if isinstance(model, NativeDecoder):
-        return NativeRunner(model, cache, share_cores(threads))
+        return NativeRunner(model, cache, core_share(threads))
     return TorchRunner(model, cache, device)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 import time
@@ -10,7 +11,9 @@ from contextlib import ExitStack
 
 import pytest
 
-from shared.cores import VARIABLE, AllCores, CoreBoard, CoreShare, share_cores
+from shared.cores import VARIABLE, CoreBoard, CoreShare, core_share
+from shared.engine.runner import place_of
+from tests.native_models import library
 
 
 @pytest.fixture
@@ -21,9 +24,7 @@ def board() -> Iterator[CoreBoard]:
 
 
 def test_who_computes_alone_has_every_core(board: CoreBoard) -> None:
-    share = CoreShare(board, slot=3, num_cores=8)
-    with share.step() as threads:
-        assert threads == 8
+    assert CoreShare(board, slot=3, num_cores=8).num_threads(time.monotonic_ns()) == 8
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,7 @@ def test_the_pause_between_two_steps_counts_and_a_longer_one_does_not(board: Cor
     busy, other = CoreShare(board, 0, 4), CoreShare(board, 1, 4)
     with busy.step():
         pass
-    ended = board.words[0]
+    ended = int(board.words[0])
     assert other.num_threads(ended + 1_000_000) == 2
     assert other.num_threads(ended + 10_000_000) == 4
 
@@ -59,8 +60,8 @@ def test_a_step_that_raises_ends(board: CoreBoard) -> None:
 def test_a_child_in_a_step_is_seen_and_forgotten_when_it_was_killed(board: CoreBoard) -> None:
     code = """
 import sys, time
-from shared.cores import share_cores
-with share_cores(4).step():
+from shared.cores import core_share
+with core_share(4).step():
     print("computing", flush=True)
     time.sleep(600)
 """
@@ -80,6 +81,14 @@ with share_cores(4).step():
 
 def test_without_a_parent_that_shares_a_worker_uses_all_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
-    assert isinstance(share_cores(4), AllCores)
-    with share_cores(4).step() as threads:
-        assert threads == 0
+    assert core_share(4) is None
+
+
+def test_the_kernels_count_alike(board: CoreBoard) -> None:
+    rng, now = random.Random(7), 10**15
+    for _ in range(500):
+        board.words[:] = 0
+        for slot in rng.sample(range(len(board.words)), rng.randrange(12)):
+            board.words[slot] = rng.choice([0, (1 << 64) - 1, now - rng.randrange(12_000_000), now])
+        share = CoreShare(board, rng.randrange(len(board.words)), rng.randrange(1, 40))
+        assert library().num_threads(place_of(share), now) == share.num_threads(now)

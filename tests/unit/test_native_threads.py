@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -10,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from shared.cores import CoreBoard, CoreShare
 from shared.engine.batch import build_step
 from shared.engine.draws import plan_draws
+from shared.engine.runner import place_of
 from shared.engine.scheduler import Scheduled
 from shared.engine.sequence import Sequence
+from shared.kernels.library import CCores
 from shared.model.native import NativeDecoder
 from shared.protocol.sampling import SamplingParams
 from tests.model_checkpoints import random_model, tokens
@@ -43,7 +47,7 @@ def planned(num_new: int) -> list[Scheduled]:
     return plan
 
 
-def computed(decoder: NativeDecoder, thread_counts: list[int]) -> list[bytes]:
+def computed(decoder: NativeDecoder, thread_counts: list[int], cores: CCores | None = None) -> list[bytes]:
     """Everything some steps over one cache give, the prompts first and then the last token of each again and again."""
     config = decoder.config
     shape = (config.num_layers, 1 + BLOCKS_EACH * len(LENGTHS), 2, config.num_kv_heads, 16, config.head_dim)
@@ -51,9 +55,27 @@ def computed(decoder: NativeDecoder, thread_counts: list[int]) -> list[bytes]:
     found = []
     for index, threads in enumerate(thread_counts):
         plan = planned(1 if index else max(LENGTHS))
-        logits, sampled = decoder.run(build_step(plan, 16), kv, plan_draws(plan), threads=threads)
+        logits, sampled = decoder.run(build_step(plan, 16), kv, plan_draws(plan), threads=threads, cores=cores)
         found += [logits.tobytes(), sampled.tobytes(), kv.numpy().tobytes()]
     return found
+
+
+def test_a_share_that_changes_within_steps_changes_no_bit(folder: Path) -> None:
+    board, stop = CoreBoard.create(), threading.Event()
+
+    def come_and_go() -> None:
+        while not stop.is_set():
+            board.words[0] = 0 if board.words[0] else (1 << 64) - 1
+
+    other = threading.Thread(target=come_and_go)
+    other.start()
+    try:
+        found = computed(native(folder, threads=4), [0] * 12, place_of(CoreShare(board, 1, 4)))
+    finally:
+        stop.set()
+        other.join()
+        board.close()
+    assert found == computed(native(folder), [0] * 12)
 
 
 @pytest.mark.parametrize("quantization", [None, "int4"])

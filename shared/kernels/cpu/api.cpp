@@ -1,4 +1,5 @@
 // The C interface: picks the instruction set and hands calls on.
+#include "cores.h"
 #include "kernels.h"
 
 using slipstream::Kernels;
@@ -21,6 +22,8 @@ struct Handle {
 extern "C" {
 
 int32_t sl_abi(void) { return SL_ABI; }
+
+int32_t sl_num_threads(const sl_cores* cores, uint64_t now_ns) { return slipstream::num_threads_at(*cores, now_ns); }
 
 int32_t sl_best_isa(void) {
 #if defined(__x86_64__)

@@ -17,5 +17,6 @@
 #include <immintrin.h>
 #endif
 
+#include "cores.h"
 #include "slipstream_cpu.h"
 #include "team.h"

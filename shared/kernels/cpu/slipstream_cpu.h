@@ -11,7 +11,7 @@ extern "C" {
 #endif
 
 // Changes whenever the bits of a result or a struct below change; the loader refuses another number.
-#define SL_ABI 2
+#define SL_ABI 3
 
 // How a matrix is stored. Rows are outputs. Tiles of 16 rows lie one after the other; inside a tile, blocks of 32 inputs
 // (16 for SL_Q8_FLOAT16): 16 scales, 16 minima where the kind has them, then the quants, 4 inputs of each of 16 rows at a
@@ -70,6 +70,13 @@ typedef struct {
     sl_norm_weights final_norm;
 } sl_model;
 
+// The workers of one machine that share its cores: one word for each, the largest number while it is in a step, else when its
+// last one ended (monotonic nanoseconds).
+typedef struct {
+    const uint64_t* words;
+    int32_t num_slots, slot, num_cores;
+} sl_cores;
+
 // One ragged step. Tokens of a sequence are neighbours; `starts` has num_seqs + 1 entries.
 typedef struct {
     int32_t num_tokens, num_seqs, table_width, num_logit_rows;
@@ -97,10 +104,12 @@ typedef struct {
     const int32_t* adjust_ids;
     const int32_t* adjust_kinds;
     const float* adjust_values;
+    const sl_cores* cores;        // null, or what says how many threads to use: before a step and before each layer of a long one
     int32_t* sampled;             // [num_logit_rows]; -1 where the row is left to the caller
 } sl_step;
 
 int32_t sl_abi(void);
+int32_t sl_num_threads(const sl_cores* cores, uint64_t now_ns);         // a share of the cores; for tests
 int32_t sl_best_isa(void);                                              // what this processor can run
 void* sl_create(const sl_model* model, int32_t num_threads, int32_t isa);  // null when the isa cannot run here
 void sl_destroy(void* engine);

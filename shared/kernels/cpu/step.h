@@ -4,11 +4,14 @@
 // several; which thread computes what never matters for the result.
 #pragma once
 
+#include "cores.h"
 #include "finish.h"
 #include "kernels.h"
 #include "layer.h"
 
 namespace SL_NS {
+
+constexpr int LONG_STEP = 64;  // rows from which others may well begin or end while the step runs
 
 class Engine {
   public:
@@ -16,17 +19,18 @@ class Engine {
         : m_(model), shape_(model), team_(num_threads), scratch_(num_threads) {}
 
     int run(const sl_step& step) {
-        team_.use(step.num_threads);
+        team_.use(step.cores ? share(*step.cores) : step.num_threads);
         plan_.make(m_, shape_, step, team_.size());
         Work work{m_, shape_, step, plan_, team_, {}};
         if (!scratch_.take(m_, shape_, step, plan_, work.arrays)) return -1;
         hidden_ = work.arrays.hidden;
         num_rows_ = step.num_tokens;
-        team_.run([&](Team::Member& me) {
-            embed(work, me);
-            for (int i = 0; i < m_.num_layers; i++) forward_layer(work, me, i);
-            finish(work, me);
-        });
+        const bool is_long = step.cores && step.num_tokens >= LONG_STEP;
+        const int leg = is_long ? 1 : m_.num_layers;
+        for (int first = 0; first < m_.num_layers; first += leg) {
+            if (is_long) team_.use(share(*step.cores));
+            run_layers(work, first, first + leg);
+        }
         return 0;
     }
 
@@ -54,6 +58,17 @@ class Engine {
     }
 
   private:
+    static int share(const sl_cores& cores) { return slipstream::num_threads_at(cores, slipstream::monotonic_ns()); }
+
+    // With what comes before the first layer and after the last one.
+    void run_layers(const Work& work, int first, int end) {
+        team_.run([&](Team::Member& me) {
+            if (first == 0) embed(work, me);
+            for (int i = first; i < end; i++) forward_layer(work, me, i);
+            if (end == m_.num_layers) finish(work, me);
+        });
+    }
+
     const sl_model m_;
     const Shape shape_;
     Team team_;
