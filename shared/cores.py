@@ -74,19 +74,26 @@ class CoreShare:
         finally:
             words[self.slot] = time.monotonic_ns()
 
-    def num_threads(self, now: int) -> int:
-        """Threads for a step at `now` (monotonic nanoseconds), at least one. The kernels count the same way."""
+    def cores(self, now: int) -> range:
+        """Cores for a step at `now` (monotonic nanoseconds), at least one, by number among the process's own.
+
+        The kernels count the same way, and run one thread on each: with each on a core of its own the system does not
+        move one beside another when a process wakes for a moment.
+        """
         words = self.board.words.tolist()
         computing = [slot for slot, word in enumerate(words) if slot != self.slot and word > now - _BETWEEN_STEPS_NS]
         each, rest = divmod(self.num_cores, len(computing) + 1)
         before = sum(slot < self.slot for slot in computing)
-        return max(1, each + (before < rest))
+        if each == 0:
+            return range(before % self.num_cores, before % self.num_cores + 1)
+        first = before * each + min(before, rest)
+        return range(first, first + each + (before < rest))
 
 
-def core_share(num_cores: int) -> CoreShare | None:
+def core_share() -> CoreShare | None:
     """This worker's place as its parent gave it; None where no parent did, and it has all its cores."""
     given = os.environ.get(VARIABLE)
     if not given:
         return None
     descriptor, slot = map(int, given.split(":"))
-    return CoreShare(CoreBoard(descriptor), slot, num_cores)
+    return CoreShare(CoreBoard(descriptor), slot, len(os.sched_getaffinity(0)))

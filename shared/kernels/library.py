@@ -103,7 +103,7 @@ class Library:
         self._functions.sl_hidden.restype = c_void_p
         self._functions.sl_hidden.argtypes = [c_void_p]
         self._functions.sl_matmul.argtypes = [c_void_p, c_void_p, c_void_p, c_int32, c_void_p]
-        self._functions.sl_num_threads.argtypes = [c_void_p, c_uint64]
+        self._functions.sl_share.argtypes = [c_void_p, c_uint64, c_void_p]
         self._functions.sl_draw.argtypes = [c_void_p, c_void_p, c_int32]
         if self._functions.sl_abi() != ABI:
             raise OSError(f"{path} was built from another version of the sources; install Slipstream again")
@@ -136,9 +136,11 @@ class Library:
         if self._functions.sl_matmul(engine, ctypes.addressof(matrix), rows, num_rows, out):
             raise MemoryError("no memory for the product's activations")
 
-    def num_threads(self, cores: CCores, now_ns: int) -> int:
-        """How many threads a step may use that begins at `now_ns`."""
-        return int(self._functions.sl_num_threads(ctypes.addressof(cores), now_ns))
+    def share(self, cores: CCores, now_ns: int) -> range:
+        """Numbers of the cores that a step may use at `now_ns`."""
+        first = c_int32()
+        count = self._functions.sl_share(ctypes.addressof(cores), now_ns, ctypes.addressof(first))
+        return range(first.value, first.value + count)
 
     def draw(self, engine: int, step: CStep, vocab_size: int) -> None:
         """Draw from the logits that `step` holds, on this thread."""

@@ -75,7 +75,7 @@ def build_engine(
         prefill_share=prefill_share,
         reserve_blocks=max(1, 32 // settings.block_size),
     )
-    runner = make_runner(decoder, cache, settings.device, threads)
+    runner = make_runner(decoder, cache, settings.device)
     engine = Engine(runner, limits, prefix_caching=settings.enable_prefix_caching)
     invariance = check_invariance(decoder, layout, settings)
     numerics = numerics_fingerprint(decoder, source, layout.dtype)

@@ -70,10 +70,10 @@ def choose_kernels(source: ModelSource, settings: EngineSettings) -> Kernels:
     return Kernels(library)
 
 
-def make_runner(model: LanguageModel, cache: KVCache, device: str, threads: int) -> Runner:
-    """The runner for how a model was loaded; the kernels share `threads` with other workers of this machine."""
+def make_runner(model: LanguageModel, cache: KVCache, device: str) -> Runner:
+    """The runner for how a model was loaded; the kernels share the cores with other workers of this machine."""
     if isinstance(model, NativeDecoder):
-        return NativeRunner(model, cache, core_share(threads))
+        return NativeRunner(model, cache, core_share())
     return TorchRunner(model, cache, device)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -67,14 +68,14 @@ def test_a_share_that_changes_within_steps_changes_no_bit(folder: Path) -> None:
         while not stop.is_set():
             board.words[0] = 0 if board.words[0] else (1 << 64) - 1
 
-    other = threading.Thread(target=come_and_go)
-    other.start()
-    try:
-        found = computed(native(folder, threads=4), [0] * 12, place_of(CoreShare(board, 1, 4)))
-    finally:
-        stop.set()
-        other.join()
-        board.close()
+    share = place_of(CoreShare(board, 1, 4))
+    with ThreadPoolExecutor(2) as pool:  # a thread that computes is put on a core and stays there
+        pool.submit(come_and_go)
+        try:
+            found = pool.submit(lambda: computed(native(folder, threads=4), [0] * 12, share)).result()
+        finally:
+            stop.set()
+    board.close()
     assert found == computed(native(folder), [0] * 12)
 
 

@@ -23,7 +23,11 @@ extern "C" {
 
 int32_t sl_abi(void) { return SL_ABI; }
 
-int32_t sl_num_threads(const sl_cores* cores, uint64_t now_ns) { return slipstream::num_threads_at(*cores, now_ns); }
+int32_t sl_share(const sl_cores* cores, uint64_t now_ns, int32_t* first) {
+    slipstream::Share share = slipstream::share_at(*cores, now_ns);
+    *first = share.first;
+    return share.count;
+}
 
 int32_t sl_best_isa(void) {
 #if defined(__x86_64__)

@@ -7,8 +7,14 @@
 
 namespace slipstream {
 
-// As CoreShare.num_threads: an equal share of the cores among those who compute, lower slots first; at least 1.
-inline int num_threads_at(const sl_cores& cores, uint64_t now_ns) {
+// Neighbouring cores, by number among those this process may use.
+struct Share {
+    int first, count;
+    bool operator==(const Share& other) const { return first == other.first && count == other.count; }
+};
+
+// As CoreShare.cores: an equal share of the cores among those who compute, lower slots first; at least 1.
+inline Share share_at(const sl_cores& cores, uint64_t now_ns) {
     constexpr uint64_t BETWEEN_STEPS_NS = 5000000;
     int others = 0, before = 0;
     for (int slot = 0; slot < cores.num_slots; slot++) {
@@ -17,8 +23,8 @@ inline int num_threads_at(const sl_cores& cores, uint64_t now_ns) {
         before += slot < cores.slot;
     }
     int each = cores.num_cores / (others + 1), rest = cores.num_cores % (others + 1);
-    int share = each + (before < rest);
-    return share < 1 ? 1 : share;
+    if (each == 0) return Share{before % cores.num_cores, 1};
+    return Share{before * each + (before < rest ? before : rest), each + (before < rest)};
 }
 
 inline uint64_t monotonic_ns() {

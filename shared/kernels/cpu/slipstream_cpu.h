@@ -109,7 +109,8 @@ typedef struct {
 } sl_step;
 
 int32_t sl_abi(void);
-int32_t sl_num_threads(const sl_cores* cores, uint64_t now_ns);         // a share of the cores; for tests
+// A share of the cores: returns how many, and the number of the first; for tests.
+int32_t sl_share(const sl_cores* cores, uint64_t now_ns, int32_t* first);
 int32_t sl_best_isa(void);                                              // what this processor can run
 void* sl_create(const sl_model* model, int32_t num_threads, int32_t isa);  // null when the isa cannot run here
 void sl_destroy(void* engine);

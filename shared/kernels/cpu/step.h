@@ -19,7 +19,10 @@ class Engine {
         : m_(model), shape_(model), team_(num_threads), scratch_(num_threads) {}
 
     int run(const sl_step& step) {
-        team_.use(step.cores ? share(*step.cores) : step.num_threads);
+        if (step.cores)
+            team_.use(share(*step.cores));
+        else
+            team_.use(step.num_threads);
         plan_.make(m_, shape_, step, team_.size());
         Work work{m_, shape_, step, plan_, team_, {}};
         if (!scratch_.take(m_, shape_, step, plan_, work.arrays)) return -1;
@@ -58,7 +61,7 @@ class Engine {
     }
 
   private:
-    static int share(const sl_cores& cores) { return slipstream::num_threads_at(cores, slipstream::monotonic_ns()); }
+    static slipstream::Share share(const sl_cores& cores) { return slipstream::share_at(cores, slipstream::monotonic_ns()); }
 
     // With what comes before the first layer and after the last one.
     void run_layers(const Work& work, int first, int end) {

@@ -3,6 +3,7 @@
 #if defined(__linux__)
 #include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -43,6 +44,24 @@ void name_this_thread() {
 #endif
 }
 
+#if defined(__linux__)
+std::vector<int> usable_cpus() {
+    cpu_set_t set;
+    std::vector<int> cpus;
+    if (sched_getaffinity(0, sizeof set, &set) == 0)
+        for (int cpu = 0; cpu < CPU_SETSIZE; cpu++)
+            if (CPU_ISSET(cpu, &set)) cpus.push_back(cpu);
+    return cpus;
+}
+
+void place(pthread_t thread, int cpu) {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(cpu, &set);
+    pthread_setaffinity_np(thread, sizeof set, &set);
+}
+#endif
+
 }  // namespace
 
 Team::Team(int num_threads) : all_(num_threads), size_(num_threads), calls_(num_threads) {
@@ -55,6 +74,17 @@ Team::Team(int num_threads) : all_(num_threads), size_(num_threads), calls_(num_
 }
 
 Team::~Team() { stop(); }
+
+void Team::use(const Share& share) {
+    use(share.count);
+#if defined(__linux__)
+    if (cpus_.empty()) cpus_ = usable_cpus();
+    if (all_ < (int)cpus_.size() || share == placed_) return;  // fewer threads than cores: the system finds the best ones
+    placed_ = share;
+    for (int i = 0; i < size_; i++)
+        place(i ? threads_[i - 1].native_handle() : pthread_self(), cpus_[(share.first + i) % cpus_.size()]);
+#endif
+}
 
 void Team::stop() {
     stopping_ = true;

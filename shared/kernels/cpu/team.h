@@ -4,6 +4,8 @@
 // A run may use the first few threads only; the others sleep on.
 #pragma once
 
+#include "cores.h"
+
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -36,6 +38,10 @@ class Team {
 
     // Use the first `num_threads` threads from now on; all of them when it is 0 or there are not so many.
     void use(int num_threads) { size_ = num_threads < 1 || num_threads > all_ ? all_ : num_threads; }
+
+    // Use as many threads as the share has cores, each on one of them. On a core of its own a thread is not moved beside
+    // another of the team when some other process wakes for a moment, which costs a whole time slice.
+    void use(const Share& share);
 
     // Threads in use.
     int size() const { return size_; }
@@ -92,6 +98,8 @@ class Team {
     static void advance(Word& word);
 
     const int all_;
+    std::vector<int> cpus_;  // that this process may use, once a share was given
+    Share placed_{0, 0};     // the last one that threads were placed for
     int size_;  // changes between runs; only threads that were called for the run read it
     Counter counters_[2][MAX_RANGES];  // items taken of each range, of this stage and the next in turn
     std::vector<Word> calls_;  // one for each thread: counts the runs it was called for
