@@ -3,7 +3,7 @@
     python -m benchmarks.kernels --out docs/data/kernels.json
 
 Products of one layer-sized matrix by kind and row count against torch's, alternating; whole steps of a model over batch
-size and context; laying out and scheduling a step over the number of sequences. Every figure is the best of several, in
+size and context; laying out and scheduling a step over the number of sequences. Every figure is the best of many, in
 one process with the threads given.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -22,11 +23,13 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.raw import write_raw
+from shared.cores import CoreBoard, CoreShare
 from shared.engine.batch import build_step
 from shared.engine.draws import plan_draws
+from shared.engine.runner import place_of
 from shared.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
 from shared.engine.sequence import Sequence
-from shared.kernels.library import CLayer, CMatrix, CModel, Library, load_library
+from shared.kernels.library import CCores, CLayer, CMatrix, CModel, Library, load_library
 from shared.kernels.packing import Matrix, dense, pack, quantise_4bit, quantise_8bit
 from shared.kv.block_manager import BlockManager
 from shared.kv.layout import KVLayout
@@ -42,15 +45,17 @@ CONTEXTS = (128, 512, 1024, 2048, 4096, 8192)
 SEQUENCES = (1, 8, 64, 256, 1024, 2048)
 BLOCK_SIZE = 16
 SETTLE_S = 0.05
+MEASURE_S, MIN_CALLS = 0.4, 3
 """Before each measurement: torch's threads go on spinning after a product and would disturb the next one."""
 
 
-def best_of(work: Callable[[], object], rounds: int = 20) -> float:
-    """Seconds of the fastest of `rounds` calls, after one to warm up."""
+def best_of(work: Callable[[], object]) -> float:
+    """Seconds of the fastest call within a while: long enough for the system to give each thread a core."""
     time.sleep(SETTLE_S)
     work()
-    times = []
-    for _ in range(rounds):
+    times: list[float] = []
+    until = time.perf_counter() + MEASURE_S
+    while len(times) < MIN_CALLS or time.perf_counter() < until:
         begun = time.perf_counter()
         work()
         times.append(time.perf_counter() - begun)
@@ -102,29 +107,31 @@ def planned(batch: int, context: int, new: int = 1) -> list[Scheduled]:
     return plan
 
 
-def step_seconds(decoder: NativeDecoder, plan: list[Scheduled], rounds: int) -> float:
+def step_seconds(decoder: NativeDecoder, cores: CCores, plan: list[Scheduled]) -> float:
     config = decoder.config
     num_blocks = 1 + sum(len(item.sequence.block_ids) for item in plan)
     shape = (config.num_layers, num_blocks, 2, config.num_kv_heads, BLOCK_SIZE, config.head_dim)
     kv = torch.zeros(shape, dtype=torch.bfloat16)
     step, draws = build_step(plan, BLOCK_SIZE), plan_draws(plan)
-    return best_of(lambda: decoder.run(step, kv, draws), rounds)
+    return best_of(lambda: decoder.run(step, kv, draws, cores=cores))
 
 
 def steps(decoder: NativeDecoder) -> dict[str, list[dict[str, float]]]:
     """Decode steps over batch and context, prefill over its length."""
+    share = CoreShare(CoreBoard.create(), 0, len(os.sched_getaffinity(0)))  # alone: as `serve` would place the threads
+    cores = place_of(share)
     by_batch = []
     for batch in ROWS:
-        seconds = step_seconds(decoder, planned(batch, 192), 15)
+        seconds = step_seconds(decoder, cores, planned(batch, 192))
         by_batch.append({"batch": batch, "ms": 1e3 * seconds, "tokens_per_s": batch / seconds})
     longest = decoder.config.max_position
     by_context = []
-    for context in (length for length in CONTEXTS if length < longest):
-        seconds = step_seconds(decoder, planned(1, context), 10)
+    for context in (min(length, longest - 1) for length in CONTEXTS):
+        seconds = step_seconds(decoder, cores, planned(1, context))
         by_context.append({"context": context, "ms": 1e3 * seconds})
     by_prompt = []
     for length in (64, 512, 2048):
-        seconds = step_seconds(decoder, planned(1, 0, length), 3)
+        seconds = step_seconds(decoder, cores, planned(1, 0, length))
         by_prompt.append({"prompt": length, "ms": 1e3 * seconds, "tokens_per_s": length / seconds})
     return {"batch_at_context_192": by_batch, "context_at_batch_1": by_context, "prefill": by_prompt}
 
@@ -151,6 +158,15 @@ def scheduling() -> list[dict[str, float]]:
     return found
 
 
+def _resident_mib() -> dict[str, float]:
+    """Memory of this process now and at most, the interpreter and its libraries included."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    return {
+        name: int(fields[key].split()[0]) / 1024 for name, key in (("resident_mib", "VmRSS"), ("peak_mib", "VmHWM"))
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
@@ -166,8 +182,11 @@ def main() -> None:
     layout = KVLayout(
         config.num_layers, config.num_kv_heads, config.head_dim, BLOCK_SIZE, "bfloat16", k_transposed=True
     )
+    begun = time.perf_counter()
     decoder = load_native(source, library, layout, options.threads)
+    loading = {"seconds": time.perf_counter() - begun, **_resident_mib()}
     result: dict[str, Any] = {
+        "loading": loading,
         "products_gmac_per_s": products(library, options.threads),
         "steps": steps(decoder),
         "scheduling": scheduling(),
