@@ -140,9 +140,7 @@ class Generation:
             if not self._heard and not await self._wakeup.wait(timeout_s):
                 return []
             deltas = self._take_all()
-            while self._stops:
-                output, choice, num_tokens = self._stops.pop()
-                await output.reader.cancel("stop_string", upto={choice: num_tokens})
+            await self._send_stops()
             if self._heard:
                 await asyncio.sleep(0)  # there is more than one step may take: others come first
             if deltas:
@@ -205,6 +203,15 @@ class Generation:
         """A job may have events for us."""
         self._heard[number] = None
         self._wakeup.wake()
+
+    async def _send_stops(self) -> None:
+        """End on the bus what a stop string has ended; a bus that fails does not keep back what was taken."""
+        try:
+            while self._stops:
+                output, choice, num_tokens = self._stops.pop()
+                await output.reader.cancel("stop_string", upto={choice: num_tokens})
+        except Exception as exc:
+            self._failure = self._failure or exc
 
     def _take_all(self) -> list[Delta]:
         """Deltas of all events that are there, up to one that fails; the failure is raised once they were given out."""

@@ -305,6 +305,21 @@ async def test_a_stop_string_ends_its_choice_on_the_bus() -> None:
     assert len(handle.cancels) == 1
 
 
+async def test_a_stop_that_the_bus_does_not_take_keeps_no_text_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fails(*_: object, **__: object) -> None:
+        raise ConnectionError("the bus is gone")
+
+    generation, opener, _ = make(stops=("the",))
+    async with generation:
+        monkeypatch.setattr(opener.handles[0], "cancel", fails)
+        opener.handles[0].feed(*entries("Hello there"))
+        deltas = await generation.next(5)
+        assert deltas is not None
+        assert text_of(deltas) == "Hello "
+        with pytest.raises(ConnectionError, match="the bus is gone"):
+            await generation.next(5)
+
+
 async def test_choices_of_several_jobs_are_numbered_through() -> None:
     generation, opener, _ = make(n=2, jobs=2)
     async with generation:
