@@ -102,6 +102,27 @@ class EngineSettings(_Section):
         return self.compute_dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
 
 
+class SpeculationSettings(_Section):
+    """Who guesses tokens ahead in decode workers, in the order they are asked; `none` for nobody."""
+
+    proposers: Annotated[tuple[str, ...], NoDecode] = ("suffix",)
+    max_draft_tokens: int = Field(default=8, ge=1, le=128)
+
+    @field_validator("proposers", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return _split_commas(value)
+
+    @field_validator("proposers")
+    @classmethod
+    def _none_alone(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "none" in value and len(value) > 1:
+            raise ValueError("none cannot be combined with other proposers")
+        if len(set(value)) < len(value):
+            raise ValueError("must not name a proposer twice")
+        return () if value == ("none",) else value
+
+
 class TransferSettings(_Section):
     """KV hand-off: transports in order of preference, where to listen and to connect, and its two deadlines."""
 
@@ -161,7 +182,7 @@ class GatewaySettings(_Section):
     resume_ttl_s: float = Field(default=120.0, gt=0, le=86400)
     resume_grace_s: float = Field(default=10.0, gt=0, le=3600)
     ping_s: float = Field(default=15.0, gt=0, le=600)
-    text_threads: int = Field(default=2, ge=1, le=64)
+    text_threads: int = Field(default=2, ge=1, le=128)
     text_timeout_s: float = Field(default=10.0, gt=0, le=600)
     generation_defaults: bool = True
 
@@ -191,6 +212,7 @@ class Settings(BaseSettings):
     drain_timeout_s: float = Field(default=30.0, gt=0, le=3600)
     redis: RedisSettings = RedisSettings()
     engine: EngineSettings = EngineSettings()
+    speculation: SpeculationSettings = SpeculationSettings()
     transfer: TransferSettings = TransferSettings()
     gateway: GatewaySettings = GatewaySettings()
 

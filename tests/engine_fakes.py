@@ -16,6 +16,7 @@ from shared.engine.runner import TorchRunner
 from shared.engine.sampler import SampleInput, sample
 from shared.engine.scheduler import SchedulerLimits
 from shared.engine.sequence import Sequence
+from shared.engine.speculation import Speculation
 from shared.kv.cache import KVCache
 from shared.kv.layout import KVLayout
 from shared.model.batch import ForwardBatch
@@ -62,11 +63,14 @@ class ContextModel:
         return torch.stack([torch.from_numpy(logits_for(self._contexts[int(row)])) for row in rows[:, 0]])
 
 
-def make_engine(num_blocks: int = 64, *, prefix_caching: bool = True, **limits: object) -> tuple[Engine, ContextModel]:
+def make_engine(
+    num_blocks: int = 64, *, prefix_caching: bool = True, speculation: Speculation | None = None, **limits: object
+) -> tuple[Engine, ContextModel]:
     model = ContextModel()
     kv = KVCache(KVLayout(1, 1, 1, BLOCK_SIZE), num_blocks)
     runner = TorchRunner(model, kv, "cpu")
-    return Engine(runner, SchedulerLimits(**limits), prefix_caching=prefix_caching), model  # type: ignore[arg-type]
+    made = SchedulerLimits(**limits)  # type: ignore[arg-type]
+    return Engine(runner, made, prefix_caching=prefix_caching, speculation=speculation), model
 
 
 def make_sequence(prompt: list[int], *, choice: int = 0, name: str = "r", **params: object) -> Sequence:

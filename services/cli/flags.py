@@ -62,13 +62,17 @@ ENGINE = (
     Flag("--batch-invariant", ("engine", "batch_invariant"), bool, "Same tokens in any batch and chunking."),
     Flag("--threads", ("engine", "threads"), int, "Compute threads of a worker."),
 )
+SPECULATION = (
+    Flag("--speculation", ("speculation", "proposers"), str, "Who guesses tokens ahead: suffix, or none."),
+    Flag("--max-draft-tokens", ("speculation", "max_draft_tokens"), int, "Guesses for a sequence and step at most."),
+)
 TRANSFER = (
     Flag("--transports", ("transfer", "transports"), str, "KV transports by preference: shm,tcp."),
     Flag("--kv-host", ("transfer", "host"), str, "Address the KV exporter listens on."),
     Flag("--kv-port", ("transfer", "port"), int, "Port of the KV exporter; 0 takes a free one."),
 )
-WORKER = (*COMMON, *MODEL, *ENGINE, *TRANSFER)
-ALL = (*COMMON, *MODEL[1:], *GATEWAY, *ENGINE, *TRANSFER)
+WORKER = (*COMMON, *MODEL, *ENGINE, *SPECULATION, *TRANSFER)
+ALL = (*COMMON, *MODEL[1:], *GATEWAY, *ENGINE, *SPECULATION, *TRANSFER)
 
 
 def with_flags(*flags: Flag) -> Callable[[Callable[..., None]], Callable[..., None]]:

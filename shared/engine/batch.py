@@ -23,14 +23,15 @@ def build_step(plan: Sequence_[Scheduled], block_size: int) -> RaggedStep:
     logit_rows: list[int] = []
     for item in plan:
         sequence, begin = item.sequence, item.sequence.num_computed
-        end = begin + item.num_tokens
+        end = begin + item.num_rows
         blocks = sequence.block_ids[: -(-end // block_size)]
         tables.append(blocks)
-        token_ids += sequence.tokens[begin:end]
+        token_ids += sequence.tokens[begin : begin + item.num_tokens]
+        token_ids += item.draft
         positions += range(begin, end)
         slots += [blocks[at // block_size] * block_size + at % block_size for at in range(begin, end)]
         logit_rows += [starts[-1] + offset for offset in rows_with_logits(item)]
-        starts.append(starts[-1] + item.num_tokens)
+        starts.append(starts[-1] + item.num_rows)
         context_lens.append(end)
     width = max(map(len, tables))
     return RaggedStep(
@@ -45,9 +46,12 @@ def build_step(plan: Sequence_[Scheduled], block_size: int) -> RaggedStep:
 
 
 def rows_with_logits(item: Scheduled) -> range:
-    """Offsets inside the item's rows whose logits are read: all for prompt log-probs, else the last if it samples."""
+    """Offsets inside the item's rows whose logits are read: all for prompt log-probs, else the last if it samples.
+
+    With a draft there is one more for each of its tokens.
+    """
     sequence, count = item.sequence, item.num_tokens
     samples = bool(sequence.choices) and sequence.num_computed + count == len(sequence.tokens)
     if sequence.wants_prompt_logprobs:
         return range(count)
-    return range(count - 1, count) if samples else range(0)
+    return range(count - 1, item.num_rows) if samples else range(0)

@@ -40,7 +40,10 @@ class Draws:
 
 
 def plan_draws(plan: Sequence_[Scheduled]) -> Draws:
-    """Ways for the rows of sequences with one choice whose tokens end here; all others are left to the sampler."""
+    """Ways for the rows of sequences with one choice whose tokens end here; all others are left to the sampler.
+
+    The row after a draft's tokens is drawn as it would be had they been sampled: with their ordinals and penalties.
+    """
     rows: list[_Row] = []
     starts: list[int] = [0]
     adjustments: list[Adjustments] = []
@@ -48,12 +51,16 @@ def plan_draws(plan: Sequence_[Scheduled]) -> Draws:
         count = len(rows_with_logits(item))
         if not count:
             continue
-        rows += [_NOTHING] * (count - 1)
-        rows.append(_last_row(item))
-        starts += [starts[-1]] * count
-        if rows[-1] is not _NOTHING and is_adjusted(item.sequence.params, item.sequence.num_output):
-            adjustments.append(adjustments_of(item.sequence.sample_input(item.sequence.choices[0])))
-            starts[-1] += len(adjustments[-1].ids)
+        num_drawn = 1 + len(item.draft)
+        rows += [_NOTHING] * (count - num_drawn)
+        starts += [starts[-1]] * (count - num_drawn)
+        sequence = item.sequence
+        for ahead in range(num_drawn):
+            rows.append(_row(item, ahead))
+            starts.append(starts[-1])
+            if rows[-1] is not _NOTHING and is_adjusted(sequence.params, sequence.num_output + ahead):
+                adjustments.append(adjustments_of(sequence.sample_input(sequence.choices[0], item.draft[:ahead])))
+                starts[-1] += len(adjustments[-1].ids)
     return _as_arrays(rows, starts, joined(adjustments))
 
 
@@ -76,12 +83,13 @@ def _as_arrays(rows: list[_Row], starts: list[int], adjustments: Adjustments) ->
     )
 
 
-def _last_row(item: Scheduled) -> _Row:
+def _row(item: Scheduled, ahead: int) -> _Row:
+    """The row of a sequence's last token, or of a token of its draft so many further on."""
     sequence, params = item.sequence, item.sequence.params
     ends = sequence.num_computed + item.num_tokens == len(sequence.tokens)
     if not ends or len(sequence.choices) != 1:
         return _NOTHING
-    key = params.seed, sequence.num_output, sequence.choices[0]
+    key = params.seed, sequence.num_output + ahead, sequence.choices[0]
     if params.is_greedy:
         return GREEDY, *key, 1.0, 0, 1.0, 0.0
     way = FILTERED if is_filtered(params) else GUMBEL

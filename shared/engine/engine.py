@@ -7,17 +7,20 @@ their end. Sequences with several tokens to compute and sequences with one share
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import structlog
 
 from shared.engine.batch import build_step, rows_with_logits
+from shared.engine.calibration import Calibration
 from shared.engine.draws import plan_draws
 from shared.engine.noise import F32
 from shared.engine.runner import Runner, StepResult
 from shared.engine.sampler import sample, token_logprob
 from shared.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
 from shared.engine.sequence import Sequence, Status
+from shared.engine.speculation import Speculation
 from shared.kv.block_manager import BlockManager
 from shared.protocol.messages import TokenLogprob
 
@@ -75,14 +78,28 @@ class Reservation:
 class Engine:
     """Schedules, runs and commits; all methods but `load` are to be called on the one engine thread."""
 
-    def __init__(self, runner: Runner, limits: SchedulerLimits, *, prefix_caching: bool = True) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        limits: SchedulerLimits,
+        *,
+        prefix_caching: bool = True,
+        speculation: Speculation | None = None,
+    ) -> None:
         self._runner = runner
+        self._speculation = speculation
         self._block_size = runner.cache.layout.block_size
         self._prefix_caching = prefix_caching
         self.blocks = BlockManager(runner.cache.num_blocks)
         self.scheduler = Scheduler(limits, self.blocks, self._block_size, prefix_caching=prefix_caching)
         self._reservations: list[Reservation] = []
         self._generated = self._computed = self._steps = 0
+        self._ran_until = 0.0
+        self._calibration: Calibration | None = None
+        if speculation is not None and not speculation.tables:
+            self._calibration = Calibration(
+                speculation.tables, runner, self.blocks, self._block_size, limits.max_num_batched_tokens
+            )
 
     @property
     def max_request_tokens(self) -> int:
@@ -120,6 +137,8 @@ class Engine:
     def free(self, sequence: Sequence) -> None:
         """End a sequence in any state and release its blocks. May be repeated."""
         self.scheduler.remove(sequence)
+        if self._speculation is not None:
+            self._speculation.forget(sequence)
 
     def free_all(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
@@ -139,10 +158,16 @@ class Engine:
         """Compute one ragged batch; an empty list means that nothing could run."""
         plan = self.scheduler.schedule()
         if not plan:
+            self._ran_until = 0.0
             return []
+        if self._speculation is not None:
+            plan = self._speculation.extend(plan, self.scheduler, self._runner.num_cores)
         self._zero_fresh()
-        result = self._runner.run(build_step(plan, self._block_size), plan_draws(plan))
-        return self.commit(plan, result)
+        return self.commit(plan, self._run(plan))
+
+    def calibrate(self) -> bool:
+        """With nothing to do, measure what steps cost; False when that is known."""
+        return self._calibration is not None and self._calibration.advance()
 
     def commit(self, plan: list[Scheduled], result: StepResult) -> list[Output]:
         """Advance the planned sequences and sample; a sequence ended since the plan was made is passed over."""
@@ -152,8 +177,7 @@ class Engine:
             rows = slice(row, row + len(rows_with_logits(item)))
             row = rows.stop
             if item.sequence.status is Status.RUNNING:
-                drawn = all_drawn[row - 1] if rows.start < row else -1
-                outputs.append(self._commit_one(item, result.logits[rows], drawn))
+                outputs.append(self._commit_one(item, result.logits[rows], all_drawn[rows]))
         return outputs
 
     def reserve(self, sequences: list[Sequence], num_tokens: int, growth: int) -> Reservation | None:
@@ -214,7 +238,15 @@ class Engine:
         members += [sequence for reservation in self._reservations for sequence in reservation.sequences]
         self.blocks.check_integrity([sequence.block_ids for sequence in members] + (retained or []))
 
-    def _commit_one(self, item: Scheduled, logits: F32, drawn: int) -> Output:
+    def _run(self, plan: list[Scheduled]) -> StepResult:
+        step, draws = build_step(plan, self._block_size), plan_draws(plan)
+        if self._speculation is not None and self._ran_until:
+            self._speculation.observe_beside(time.perf_counter() - self._ran_until)
+        result = self._runner.run(step, draws)
+        self._ran_until = time.perf_counter()
+        return result
+
+    def _commit_one(self, item: Scheduled, logits: F32, drawn: list[int]) -> Output:
         sequence = item.sequence
         first_row = sequence.num_computed
         sequence.num_computed += item.num_tokens
@@ -223,25 +255,47 @@ class Engine:
         try:
             if sequence.wants_prompt_logprobs:
                 self._collect_prompt_logprobs(sequence, first_row, logits)
-            samples = self._sample(sequence, logits, drawn) if not sequence.num_pending else ()
+            samples = self._sample(item, logits, drawn) if not sequence.num_pending else ()
         except Exception as error:  # one request's parameters must not take the batch down
             log.error("sequence_failed", request_id=sequence.request_id, error=type(error).__name__)
             self.free(sequence)
             return Output(sequence, error="the request failed while sampling")
         prompt_logprobs = tuple(sequence.prompt_logprobs) if samples else ()
-        if samples and not sequence.hold:
-            sequence.tokens.append(samples[0].token)
-            if samples[0].finish:
-                self.free(sequence)
+        if samples and samples[-1].finish and not sequence.hold:
+            self.free(sequence)
         if sequence.hold and not sequence.num_pending:
             self.scheduler.hold(sequence)
         return Output(sequence, samples, prompt_logprobs, sequence.num_computed)
 
-    def _sample(self, sequence: Sequence, logits: F32, drawn: int) -> tuple[Sampled, ...]:
-        return tuple([self._sample_choice(sequence, choice, logits[-1], drawn) for choice in sequence.choices])
+    def _sample(self, item: Scheduled, logits: F32, drawn: list[int]) -> tuple[Sampled, ...]:
+        """Every choice of a held sequence once; of any other its next token, and more where its draft was right."""
+        sequence = item.sequence
+        if sequence.hold:
+            return tuple([self._sample_choice(sequence, choice, logits[-1], drawn[-1]) for choice in sequence.choices])
+        samples = self._verify(sequence, item.draft, logits, drawn)
+        if self._speculation is not None:
+            self._speculation.learn(item, [sampled.token for sampled in samples])
+        return samples
+
+    def _verify(self, sequence: Sequence, draft: tuple[int, ...], logits: F32, drawn: list[int]) -> tuple[Sampled, ...]:
+        """Sample and append the token after the last one known, and go on as long as the draft has guessed it.
+
+        What is computed for a guess is right only behind right guesses; wrong ones' slots are written again later.
+        """
+        samples: list[Sampled] = []
+        num_rows = 1 + len(draft)
+        for logit_row, token, guess in zip(logits[-num_rows:], drawn[-num_rows:], (*draft, None), strict=True):
+            if samples:
+                sequence.num_computed += 1
+            samples.append(self._sample_choice(sequence, sequence.choices[0], logit_row, token))
+            sequence.tokens.append(samples[-1].token)
+            if samples[-1].finish or samples[-1].token != guess:
+                break
+        self._publish(sequence)
+        return tuple(samples)
 
     def _sample_choice(self, sequence: Sequence, choice: int, logits: F32, drawn: int) -> Sampled:
-        """`drawn` is what the runner drew for the sequence's only choice, -1 if it did not."""
+        """`drawn` is what the runner drew from this row for the sequence's only choice, -1 if it did not."""
         params = sequence.params
         token = drawn if drawn >= 0 else sample(logits, sequence.sample_input(choice))
         self._generated += 1

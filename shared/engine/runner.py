@@ -38,8 +38,21 @@ class Runner(Protocol):
         """Processor time the calling thread has spent in the model; the rest of a step's is Python around it."""
         ...
 
-    def run(self, step: RaggedStep, draws: Draws) -> StepResult:
-        """Compute one step. A runner may draw the rows `draws` describes; what it does not draw, the engine does."""
+    @property
+    def max_cores(self) -> int:
+        """Cores a step may have; 1 where their number makes no difference that the runner knows of."""
+        ...
+
+    @property
+    def num_cores(self) -> int:
+        """Cores a step would have now, beside the other workers of this machine."""
+        ...
+
+    def run(self, step: RaggedStep, draws: Draws, num_cores: int = 0) -> StepResult:
+        """Compute one step, on so many cores where they are to be fewer than it could have.
+
+        A runner may draw the rows `draws` describes; what it does not draw, the engine does.
+        """
         ...
 
 
@@ -51,9 +64,10 @@ class TorchRunner:
         self._device = torch.device(device)
         self.cache = cache
         self.model_s = 0.0
+        self.max_cores = self.num_cores = 1
 
     @torch.inference_mode()
-    def run(self, step: RaggedStep, draws: Draws) -> StepResult:
+    def run(self, step: RaggedStep, draws: Draws, num_cores: int = 0) -> StepResult:
         began = time.thread_time()
         try:
             return self._compute(step)
@@ -109,9 +123,20 @@ class NativeRunner:
     def model_s(self) -> float:
         return self._model.run_s
 
-    def run(self, step: RaggedStep, draws: Draws) -> StepResult:
+    @property
+    def max_cores(self) -> int:
+        return self._model.num_threads
+
+    @property
+    def num_cores(self) -> int:
+        if self._share is None:
+            return self._model.num_threads
+        return min(self._model.num_threads, len(self._share.cores(time.monotonic_ns())))
+
+    def run(self, step: RaggedStep, draws: Draws, num_cores: int = 0) -> StepResult:
+        cores = None if 0 < num_cores < self.max_cores else self._cores
         with nullcontext() if self._share is None else self._share.step():
-            return StepResult(*self._model.run(step, self.cache.data, draws, cores=self._cores))
+            return StepResult(*self._model.run(step, self.cache.data, draws, threads=num_cores, cores=cores))
 
 
 def place_of(share: CoreShare) -> CCores:

@@ -9,7 +9,7 @@ tokens do not change. The first in rank is never preempted for others, so someth
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shared.engine.sequence import Sequence, Status
 from shared.kv.block_manager import BlockManager
@@ -31,8 +31,15 @@ class SchedulerLimits:
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
+    """`num_tokens` known tokens of a sequence, and guesses at those that follow, verified in the same step."""
+
     sequence: Sequence
     num_tokens: int
+    draft: tuple[int, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_tokens + len(self.draft)
 
 
 class Scheduler:
@@ -86,6 +93,15 @@ class Scheduler:
         self._admit()
         self._schedule_chunks(plan, budget)
         return plan
+
+    def with_draft(self, item: Scheduled, draft: tuple[int, ...]) -> Scheduled:
+        """The item with as much of a draft as there is room for: blocks that are free, never another sequence's."""
+        sequence, size = item.sequence, self._block_size
+        missing = -(-(len(sequence.tokens) + len(draft)) // size) - len(sequence.block_ids)
+        if missing > 0 and not self.waiting and self._blocks.can_allocate(missing + self._limits.reserve_blocks):
+            sequence.block_ids += self._blocks.allocate(missing)
+        num_slots = len(sequence.block_ids) * size - len(sequence.tokens)
+        return replace(item, draft=draft[:num_slots])
 
     def _schedule_decodes(self) -> list[Scheduled]:
         plan = []

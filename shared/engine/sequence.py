@@ -74,5 +74,7 @@ class Sequence:
             self._hashes.append(chain_hash(parent, self.tokens[start : start + block_size]))
         return self._hashes[:count]
 
-    def sample_input(self, choice: int) -> SampleInput:
-        return SampleInput(self.params, choice, self.tokens[: self.prompt_len], self.tokens[self.prompt_len :])
+    def sample_input(self, choice: int, draft: tuple[int, ...] = ()) -> SampleInput:
+        """What the draw after these tokens and `draft` depends on."""
+        output = self.tokens[self.prompt_len :]
+        return SampleInput(self.params, choice, self.tokens[: self.prompt_len], [*output, *draft] if draft else output)

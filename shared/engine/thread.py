@@ -30,6 +30,7 @@ NAME = "engine"
 _PR_SET_NAME = 15
 _IDLE_WAIT_S = 0.5
 _STALLED_WAIT_S = 0.005
+_CALIBRATION_WAIT_S = 0.01
 
 
 class EngineThread:
@@ -108,8 +109,10 @@ class EngineThread:
 
     def _turn(self) -> float:
         """One step if there is work; returns how long the inbox may wait before the next turn."""
-        if self._stopping or not self._engine.has_work:
+        if self._stopping:
             return _IDLE_WAIT_S
+        if not self._engine.has_work:
+            return _CALIBRATION_WAIT_S if self._engine.calibrate() else _IDLE_WAIT_S
         faultpoints.fault_point("engine.step")
         outputs = self._engine.step()
         if outputs:

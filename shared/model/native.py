@@ -101,6 +101,11 @@ class NativeDecoder:
         return f"cpu-{ABI}"
 
     @property
+    def num_threads(self) -> int:
+        """Threads a step has where it does not share the cores."""
+        return self._threads
+
+    @property
     def num_layers(self) -> int:
         return int(self._model.num_layers)
 

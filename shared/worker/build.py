@@ -10,15 +10,17 @@ import psutil
 import structlog
 import torch
 
-from shared.config import EngineSettings
+from shared.config import EngineSettings, SpeculationSettings
 from shared.engine.engine import Engine
 from shared.engine.scheduler import SchedulerLimits
+from shared.engine.speculation import Speculation
 from shared.errors import ConfigurationError
 from shared.kv.cache import KVCache
 from shared.kv.layout import KVLayout
 from shared.model.invariance import ProbeResult, numerics_fingerprint, probe
 from shared.model.language_model import LanguageModel
 from shared.model.source import ModelSource
+from shared.speculative.registry import load_proposer
 from shared.worker.kernels import choose_kernels, make_runner
 
 log = structlog.get_logger()
@@ -51,6 +53,7 @@ def build_engine(
     *,
     prefill_share: float,
     shared_cache: bool,
+    speculation: SpeculationSettings | None = None,
     progress: Callable[[float], None] = lambda _: None,
 ) -> BuiltEngine:
     """Blocking, up to many seconds. Raises ConfigurationError or ModelFormatError with what to change."""
@@ -76,10 +79,23 @@ def build_engine(
         reserve_blocks=max(1, 32 // settings.block_size),
     )
     runner = make_runner(decoder, cache, settings.device)
-    engine = Engine(runner, limits, prefix_caching=settings.enable_prefix_caching)
+    engine = Engine(
+        runner,
+        limits,
+        prefix_caching=settings.enable_prefix_caching,
+        speculation=make_speculation(speculation, limits) if speculation is not None else None,
+    )
     invariance = check_invariance(decoder, layout, settings)
     numerics = numerics_fingerprint(decoder, source, layout.dtype)
     return BuiltEngine(engine, cache, layout, numerics, max_model_len, invariance, source)
+
+
+def make_speculation(settings: SpeculationSettings, limits: SchedulerLimits) -> Speculation | None:
+    """The proposers that were asked for; None for none. Raises ConfigurationError for an unknown one."""
+    proposers = [load_proposer(name) for name in settings.proposers]
+    if not proposers:
+        return None
+    return Speculation(proposers, {}, limits.max_num_batched_tokens, settings.max_draft_tokens)
 
 
 def check_invariance(decoder: LanguageModel, layout: KVLayout, settings: EngineSettings) -> ProbeResult:

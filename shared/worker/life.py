@@ -81,6 +81,7 @@ class Worker:
             self._settings.engine,
             prefill_share=self._prefill_share,
             shared_cache="shm" in self._settings.transfer.transports and self._role == "prefill",
+            speculation=self._settings.speculation if self._role == "decode" else None,
             progress=self._heart.set_progress,
         )
 

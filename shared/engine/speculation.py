@@ -1,0 +1,212 @@
+"""How many guesses each sequence of a step carries: as many as make the step's tokens come fastest, often none.
+
+A guess that is right saves a step, a wrong one costs a row; both are estimated, from what was sampled so far and from
+what steps of this worker cost. Guesses are compared with what was sampled even where they were not computed, so that
+what is not worth its rows now goes on being judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Sequence_
+from dataclasses import dataclass, field
+
+from shared.engine.acceptance import Acceptance
+from shared.engine.proposer import NO_DRAFT, Ask, Draft, Proposer
+from shared.engine.scheduler import Scheduled, Scheduler
+from shared.engine.sequence import Sequence
+from shared.engine.step_costs import StepCosts
+
+_WORTHWHILE = 1.03
+"""Expected gain below which a step goes without guesses: estimates are no better than that."""
+
+_SUREST = 0.98
+
+
+@dataclass(slots=True)
+class PositionCounts:
+    """Guesses computed and accepted at each place of a draft, from its first token on."""
+
+    drafted: list[int]
+    accepted: list[int]
+
+
+@dataclass(slots=True)
+class Guess:
+    """A sequence's draft in this step, and who made it; `num_computed` of it went into the step."""
+
+    draft: Draft = NO_DRAFT
+    proposer: int = -1
+    num_computed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Estimated chances of a draft's tokens one after the other, each given those before."""
+
+    chances: Sequence_[float]
+
+    def gains(self) -> list[float]:
+        """Expected tokens that each place adds: the chance that all up to it are right."""
+        gains, reach = [], 1.0
+        for chance in self.chances:
+            reach *= chance
+            gains.append(reach)
+        return gains
+
+
+def choose_lengths(chains: Sequence_[Chain], num_tokens: int, cost: Callable[[list[int]], float]) -> list[int]:
+    """How much of each chain to compute, so that expected tokens per second are most.
+
+    `num_tokens` come of the step anyway; `cost` gives its seconds from the chosen lengths. Places are taken in order
+    of what they add: within a chain that falls, so a place never comes before the one it depends on.
+    """
+    places = [(gain, -place, index) for index, chain in enumerate(chains) for place, gain in enumerate(chain.gains())]
+    lengths = [0] * len(chains)
+    best, best_rate, expected = list(lengths), _WORTHWHILE * num_tokens / cost(lengths), float(num_tokens)
+    for gain, _, index in sorted(places, reverse=True):
+        lengths[index] += 1
+        expected += gain
+        rate = expected / cost(lengths)
+        if rate > best_rate:
+            best, best_rate = list(lengths), rate
+    return best
+
+
+@dataclass(slots=True)
+class Speculation:
+    """Adds drafts to plans and learns from what was sampled. Lives on the engine thread.
+
+    Proposers are asked in order, those that cost nothing first; each sequence carries the first draft that came.
+    """
+
+    proposers: Sequence_[Proposer]
+    tables: dict[int, StepCosts]
+    """By the number of cores a step has; empty until they are measured, and till then nothing is guessed."""
+
+    max_rows: int
+    max_draft_tokens: int = 8
+    counts: dict[str, PositionCounts] = field(default_factory=dict)
+    _acceptance: list[Acceptance] = field(default_factory=list)
+    _guesses: dict[Sequence, Guess] = field(default_factory=dict)
+    _payable: dict[tuple[int, int, int], bool] = field(default_factory=dict)
+    _num_cores: int = 0
+
+    def __post_init__(self) -> None:
+        self._acceptance = [Acceptance() for _ in self.proposers]
+        for proposer in self.proposers:
+            self.counts[proposer.name] = PositionCounts([0] * self.max_draft_tokens, [0] * self.max_draft_tokens)
+
+    @property
+    def costs(self) -> StepCosts:
+        """Of the step that is planned."""
+        return self.tables[self._num_cores]
+
+    def extend(self, plan: list[Scheduled], scheduler: Scheduler, num_cores: int) -> list[Scheduled]:
+        """The plan with the drafts that are worth their rows, in a step on so many cores."""
+        self._guesses.clear()
+        self._num_cores = max((cores for cores in self.tables if cores <= num_cores), default=0)
+        if not self._num_cores:
+            return plan
+        asks = [Ask(item.sequence, wanted) for item in plan if (wanted := self._wanted(item)) > 0]
+        num_rows = sum(item.num_tokens for item in plan)
+        if not asks or not self._can_pay(num_rows, len(asks)):
+            return plan
+        self._propose(asks, num_rows)
+        guesses = [guess for ask in asks if (guess := self._guesses.get(ask.sequence)) is not None]
+        sequences = list(self._guesses)
+        lengths = self._lengths(
+            [self._chain(*pair) for pair in zip(sequences, guesses, strict=True)], num_rows, len(asks)
+        )
+        chosen = dict(zip(sequences, lengths, strict=True))
+        return [self._with_draft(item, chosen.get(item.sequence, 0), scheduler) for item in plan]
+
+    def observe_beside(self, seconds: float) -> None:
+        """So much passed between two steps' times in the model."""
+        for costs in self.tables.values():
+            costs.observe_beside(seconds)
+
+    def learn(self, item: Scheduled, sampled: Sequence_[int]) -> None:
+        """Compare a sequence's guess with the tokens that were sampled in its place."""
+        guess = self._guesses.get(item.sequence)
+        if guess is None:
+            return
+        acceptance, counts = self._acceptance[guess.proposer], self.counts[self.proposers[guess.proposer].name]
+        pairs = zip(guess.draft.tokens, guess.draft.confidences, sampled, strict=False)
+        for place, (token, confidence, actual) in enumerate(pairs):
+            is_right = token == actual
+            acceptance.observe(item.sequence, confidence, is_right=is_right)
+            if place < guess.num_computed:
+                counts.accepted[place] += is_right
+            if not is_right:
+                break
+        for place in range(guess.num_computed):
+            counts.drafted[place] += 1
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence has ended. May be repeated."""
+        for proposer, acceptance in zip(self.proposers, self._acceptance, strict=True):
+            proposer.forget(sequence)
+            acceptance.forget(sequence)
+
+    def _wanted(self, item: Scheduled) -> int:
+        """Guesses that could be of use: none where no single choice is sampled, none beyond the last token."""
+        sequence = item.sequence
+        if item.num_tokens != 1 or sequence.hold or len(sequence.choices) != 1 or sequence.wants_prompt_logprobs:
+            return 0
+        return min(self.max_draft_tokens, sequence.params.max_tokens - sequence.num_output - 1)
+
+    def _propose(self, asks: list[Ask], num_rows: int) -> None:
+        for index, proposer in enumerate(self.proposers):
+            open_asks = [ask for ask in asks if ask.sequence not in self._guesses]
+            open_asks = self._affordable(index, open_asks, num_rows)
+            if not open_asks:
+                continue
+            for ask, draft in zip(open_asks, proposer.propose(open_asks), strict=True):
+                if draft.tokens:
+                    self._guesses[ask.sequence] = Guess(draft, index)
+
+    def _affordable(self, index: int, asks: list[Ask], num_rows: int) -> list[Ask]:
+        """What to ask of a proposer whose guesses cost time: only as many as are expected to pay for that too."""
+        proposer, acceptance = self.proposers[index], self._acceptance[index]
+        if not asks or not proposer.seconds(len(asks)):
+            return asks
+
+        def cost(lengths: list[int]) -> float:
+            drafting = sum(proposer.seconds(sum(length > place for length in lengths)) for place in range(max(lengths)))
+            return self.costs.whole(num_rows + sum(lengths)) + drafting
+
+        chains = [Chain([acceptance.typical(ask.sequence)] * ask.max_tokens) for ask in asks]
+        lengths = choose_lengths(chains, num_rows, cost)
+        return [Ask(ask.sequence, length) for ask, length in zip(asks, lengths, strict=True) if length]
+
+    def _chain(self, sequence: Sequence, guess: Guess) -> Chain:
+        acceptance = self._acceptance[guess.proposer]
+        return Chain([acceptance.chance(sequence, confidence) for confidence in guess.draft.confidences])
+
+    def _lengths(self, chains: list[Chain], num_rows: int, num_sequences: int) -> list[int]:
+        spare = self.max_rows - num_rows
+
+        def cost(lengths: list[int]) -> float:
+            extra = sum(lengths)
+            return self.costs.whole(num_rows + extra) if extra <= spare else float("inf")
+
+        return choose_lengths(chains, num_sequences, cost)
+
+    def _can_pay(self, num_rows: int, num_sequences: int) -> bool:
+        """Whether the surest guesses of any length would: else nobody is asked."""
+        key = self._num_cores, num_rows, num_sequences
+        if key not in self._payable:
+            if len(self._payable) > 4096:
+                self._payable.clear()
+            chains = [Chain([_SUREST] * self.max_draft_tokens)] * num_sequences
+            self._payable[key] = any(self._lengths(chains, num_rows, num_sequences))
+        return self._payable[key]
+
+    def _with_draft(self, item: Scheduled, length: int, scheduler: Scheduler) -> Scheduled:
+        if not length:
+            return item
+        guess = self._guesses[item.sequence]
+        item = scheduler.with_draft(item, guess.draft.tokens[:length])
+        guess.num_computed = len(item.draft)
+        return item

@@ -1,0 +1,54 @@
+"""Proposers whose guesses are right as often as a test wants, and costs that make every guess worth its row."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence as Sequence_
+
+from shared.engine.proposer import Ask, Draft
+from shared.engine.sequence import Sequence
+from shared.engine.speculation import Speculation
+from shared.engine.step_costs import StepCosts
+from tests.engine_fakes import VOCAB, expected_tokens
+
+FREE_ROWS = StepCosts([1, 1000], [1.0, 1.0 + 1e-9])
+"""Rows cost nothing beside the step, so that all guesses are computed."""
+
+
+class Oracle:
+    """Knows what will be sampled by the fake model, and says something else with probability `wrong`."""
+
+    name = "oracle"
+
+    def __init__(self, wrong: float, seed: int = 0) -> None:
+        self._wrong = wrong
+        self._random = random.Random(seed)
+        self._answers: dict[Sequence, list[int]] = {}
+        self.forgotten: list[Sequence] = []
+
+    def seconds(self, num_sequences: int) -> float:
+        return 0.0
+
+    def propose(self, asks: Sequence_[Ask]) -> list[Draft]:
+        return [self._propose_one(ask) for ask in asks]
+
+    def forget(self, sequence: Sequence) -> None:
+        self._answers.pop(sequence, None)
+        self.forgotten.append(sequence)
+
+    def _propose_one(self, ask: Ask) -> Draft:
+        sequence = ask.sequence
+        if sequence not in self._answers:
+            prompt = sequence.tokens[: sequence.prompt_len]
+            self._answers[sequence] = expected_tokens(prompt, sequence.params, sequence.choices[0])
+        right = self._answers[sequence][sequence.num_output :][: ask.max_tokens]
+        said = [self._mistaken(token) if self._random.random() < self._wrong else token for token in right]
+        return Draft(tuple(said), tuple([0.9] * len(said)))
+
+    def _mistaken(self, token: int) -> int:
+        return (token + self._random.randrange(1, VOCAB)) % VOCAB
+
+
+def always(oracle: Oracle, max_draft_tokens: int = 4) -> Speculation:
+    """Every guess goes into the step."""
+    return Speculation((oracle,), {1: FREE_ROWS}, max_rows=512, max_draft_tokens=max_draft_tokens)

@@ -1,0 +1,173 @@
+"""Speculation changes how fast tokens come and nothing else; and it is done where it pays."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.engine.sequence import Sequence
+from shared.engine.speculation import Chain, Speculation, choose_lengths
+from shared.engine.step_costs import StepCosts
+from tests.engine_fakes import VOCAB, expected_tokens, make_engine, make_sequence, output_of, run_to_end
+from tests.speculation_fakes import FREE_ROWS, Oracle, always
+
+PROMPTS = [[1, 2, 3], [9], list(range(20)), [4, 4, 4, 4, 4, 4, 4], [7, 8], list(range(11, 40))]
+PARAMS: dict[str, dict[str, Any]] = {
+    "greedy": {"max_tokens": 20},
+    "temperature": {"temperature": 1.0, "max_tokens": 20},
+    "filters": {"temperature": 0.7, "top_k": 8, "top_p": 0.9, "min_p": 0.02, "max_tokens": 20},
+    "penalties": {
+        "temperature": 0.8,
+        "presence_penalty": 0.6,
+        "frequency_penalty": 0.4,
+        "repetition_penalty": 1.3,
+        "max_tokens": 20,
+    },
+    "bias and minimum": {
+        "temperature": 1.0,
+        "logit_bias": ((3, 2.5), (5, -4.0)),
+        "stop_ids": (2, 3, 5, 7, 11, 13),
+        "min_tokens": 6,
+        "max_tokens": 20,
+    },
+    "log-probabilities": {"temperature": 1.0, "logprobs": 3, "max_tokens": 12},
+}
+
+
+def sequences_of(params: dict[str, Any]) -> list[Sequence]:
+    return [make_sequence(prompt, name=str(i), **params) for i, prompt in enumerate(PROMPTS)]
+
+
+def check(sequences: list[Sequence]) -> None:
+    for sequence in sequences:
+        prompt = sequence.tokens[: sequence.prompt_len]
+        assert output_of(sequence) == expected_tokens(prompt, sequence.params, sequence.choices[0])
+
+
+@pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
+@pytest.mark.parametrize("wrong", [0.0, 0.4, 1.0])
+def test_drafts_change_no_token(params: dict[str, Any], wrong: float) -> None:
+    speculation = always(Oracle(wrong))
+    engine, _ = make_engine(speculation=speculation)
+    sequences = sequences_of(params)
+    for sequence in sequences:
+        engine.add(sequence)
+    run_to_end(engine)
+    check(sequences)
+    counts = speculation.counts["oracle"]
+    assert counts.drafted[0] > 0
+    assert (sum(counts.accepted) > 0) == (wrong < 1.0)
+    assert engine.blocks.num_free == engine.blocks.num_usable
+
+
+def test_right_drafts_save_steps() -> None:
+    steps = {}
+    for name, speculation in (("without", None), ("with", always(Oracle(0.0), max_draft_tokens=4))):
+        engine, _ = make_engine(speculation=speculation)
+        engine.add(make_sequence([1, 2, 3], max_tokens=21))
+        run_to_end(engine)
+        steps[name] = engine.load().steps
+    assert steps == {"without": 21, "with": 5}  # the prompt's step gives one token, four more give five each
+
+
+def test_log_probabilities_are_those_of_single_steps() -> None:
+    collected = []
+    for speculation in (None, always(Oracle(0.3))):
+        engine, _ = make_engine(speculation=speculation)
+        engine.add(make_sequence([5, 6], temperature=1.0, logprobs=2, max_tokens=16))
+        collected.append([sample.logprob for output in run_to_end(engine) for sample in output.samples])
+    assert collected[0] == collected[1]
+    assert len(collected[0]) == 16
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_preemption_and_departures_with_drafts(seed: int) -> None:
+    rng = random.Random(seed)
+    oracle = Oracle(0.3, seed)
+    engine, _ = make_engine(num_blocks=14, reserve_blocks=0, max_num_batched_tokens=16, speculation=always(oracle))
+    kept: list[Sequence] = []
+    gone: list[Sequence] = []
+    for index in range(8):
+        sequence = make_sequence(
+            [rng.randrange(VOCAB) for _ in range(rng.randint(1, 9))], name=str(index), max_tokens=12
+        )
+        (gone if index % 4 == 3 else kept).append(sequence)
+        engine.add(sequence)
+        for _ in range(rng.randint(0, 3)):
+            engine.step()
+            engine.check_integrity()
+        if gone and rng.random() < 0.5:
+            engine.free(gone[-1])
+    for sequence in gone:
+        engine.free(sequence)
+    run_to_end(engine)
+    check(kept)
+    assert engine.blocks.num_free == engine.blocks.num_usable
+    assert set(oracle.forgotten) == {*kept, *gone}
+
+
+def test_a_step_with_drafts_keeps_to_its_rows() -> None:
+    speculation = Speculation((Oracle(0.0),), {1: FREE_ROWS}, max_rows=8, max_draft_tokens=4)
+    engine, model = make_engine(max_num_batched_tokens=8, speculation=speculation)
+    sequences = [make_sequence([i], name=str(i), max_tokens=10) for i in range(4)]
+    for sequence in sequences:
+        engine.add(sequence)
+    while engine.has_work:
+        before = model.rows_run
+        engine.step()
+        assert model.rows_run - before <= 8
+    check(sequences)
+
+
+def test_no_guess_is_computed_where_rows_cost_what_steps_do() -> None:
+    speculation = Speculation((Oracle(0.0),), {1: StepCosts([1, 64], [1.0, 64.0])}, max_rows=512)
+    engine, _ = make_engine(speculation=speculation)
+    sequence = make_sequence([1, 2, 3], max_tokens=10)
+    engine.add(sequence)
+    run_to_end(engine)
+    check([sequence])
+    assert speculation.counts["oracle"].drafted[0] == 0
+    assert engine.load().steps == 10
+
+
+def test_wrong_guesses_are_soon_not_computed_any_more_and_right_ones_come_back() -> None:
+    costs = StepCosts([1, 2, 3, 4, 5], [1.0, 1.4, 1.8, 2.2, 2.6])
+    oracle = Oracle(1.0)
+    speculation = Speculation((oracle,), {1: costs}, max_rows=512)
+    engine, _ = make_engine(num_blocks=200, speculation=speculation)
+    sequence = make_sequence([1, 2, 3], max_tokens=600)
+    engine.add(sequence)
+    for _ in range(100):
+        engine.step()
+    drafted = sum(speculation.counts["oracle"].drafted)
+    for _ in range(50):
+        engine.step()
+    assert sum(speculation.counts["oracle"].drafted) == drafted < 60
+    oracle._wrong = 0.0
+    run_to_end(engine)
+    check([sequence])
+    assert sum(speculation.counts["oracle"].accepted) > 100
+
+
+@given(
+    chains=st.lists(st.lists(st.floats(0.0, 1.0), max_size=4), min_size=1, max_size=3),
+    times=st.lists(st.floats(0.1, 3.0), min_size=16, max_size=16),
+)
+def test_chosen_lengths_are_as_good_as_any_in_order_of_gain(chains: list[list[float]], times: list[float]) -> None:
+    """Against the slow way: with rising costs a row, no other number of rows does better."""
+    steps = [1.0 + sum(sorted(times)[: n + 1]) for n in range(16)]
+
+    def rate(lengths: list[int]) -> float:
+        gained = sum(sum(Chain(chain).gains()[:length]) for chain, length in zip(chains, lengths, strict=True))
+        return (len(chains) + gained) / steps[sum(lengths)]
+
+    chosen = choose_lengths([Chain(chain) for chain in chains], len(chains), lambda lengths: steps[sum(lengths)])
+    options: list[list[int]] = [[]]
+    for chain in chains:
+        options = [[*option, length] for option in options for length in range(len(chain) + 1)]
+    best = max(rate(option) for option in options)
+    assert rate(chosen) == pytest.approx(best) or (not any(chosen) and best <= 1.03 * rate([0] * len(chains)) + 1e-9)
