@@ -13,8 +13,7 @@ _OUTLIER = 3.0
 class StepCosts:
     """Seconds of a step of `rows[i]` rows; between two of them linear, beyond the last in proportion.
 
-    `beside` is what a step takes outside the model, as observed: it is paid once a step, whatever number of tokens comes
-    of it.
+    `beside` is what a step takes outside the model, as observed, paid once whatever number of tokens comes of it.
     """
 
     def __init__(self, rows: Sequence[int], seconds: Sequence[float]) -> None:
