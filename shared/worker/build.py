@@ -57,8 +57,9 @@ def build_engine(
     progress: Callable[[float], None] = lambda _: None,
 ) -> BuiltEngine:
     """Blocking, up to many seconds. Raises ConfigurationError or ModelFormatError with what to change."""
-    threads = set_threads(settings.threads)
+    threads = num_threads(settings.threads)
     kernels = choose_kernels(source, settings)
+    set_torch_threads(threads if kernels.library is None else 1)
     layout = KVLayout(
         num_layers=source.config.num_layers,
         num_kv_heads=source.config.num_kv_heads,
@@ -108,12 +109,18 @@ def check_invariance(decoder: LanguageModel, layout: KVLayout, settings: EngineS
     return result
 
 
-def set_threads(threads: int | None) -> int:
-    """Fix the number of compute threads and return it; None leaves one per core that this process may use."""
-    count = threads or len(os.sched_getaffinity(0))
+def num_threads(threads: int | None) -> int:
+    """Compute threads: so many, or one for each core that this process may use."""
+    return threads or len(os.sched_getaffinity(0))
+
+
+def set_torch_threads(count: int) -> None:
+    """One where the native kernels compute: torch's own go on spinning for milliseconds after the least operation.
+
+    Clearing a few KV blocks between two steps would take a core from the next ones.
+    """
     if torch.get_num_threads() != count:
         torch.set_num_threads(count)
-    return count
 
 
 def kv_tokens(settings: EngineSettings, layout: KVLayout, max_model_len: int) -> int:

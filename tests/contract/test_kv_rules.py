@@ -34,7 +34,7 @@ from shared.transfer.base import Part
 from shared.transfer.blocks import gather
 from shared.transfer.exporter import Exporter
 from shared.transfer.importer import Importer
-from shared.worker.build import set_threads
+from shared.worker.build import set_torch_threads
 from shared.worker.jobs import CacheScope
 from tests.engine_fakes import make_sequence, output_of, run_to_end
 from tests.inprocess import workers
@@ -65,7 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def decoder(folder: Path) -> Decoder:
-    set_threads(1)
+    set_torch_threads(1)
     return load(resolve(str(folder)), "cpu", "float32", lambda _: None, row_pad=ROW_PAD)
 
 

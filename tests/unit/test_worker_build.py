@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from shared.config import EngineSettings
+from shared.engine.runner import NativeRunner
 from shared.errors import ConfigurationError
 from shared.kv.layout import KVLayout
 from shared.model.source import ModelSource, resolve
 from shared.worker import build
-from shared.worker.build import BuiltEngine, build_engine, kv_tokens, set_threads
+from shared.worker.build import BuiltEngine, build_engine, kv_tokens, num_threads
 from tests.engine_fakes import make_sequence, output_of, run_to_end
+from tests.model_checkpoints import random_model
+from tests.native_models import library
 from tests.tiny_model import CONTEXT, HEAD_DIM, KV_HEADS, LAYERS, NAME, write_tiny_model
 
 LAYOUT = KVLayout(LAYERS, KV_HEADS, HEAD_DIM, 16)
@@ -89,15 +92,24 @@ def test_free_memory_is_the_machines() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_threads_are_set(threads: int) -> None:
-    set_threads(threads)
+def test_torch_computes_with_the_threads_that_were_set(source: ModelSource, threads: int) -> None:
+    settings = EngineSettings(kv_cache_tokens=250, threads=threads, kernels="torch")
+    build_engine(source, settings, prefill_share=1.0, shared_cache=False)
     assert torch.get_num_threads() == threads
+
+
+def test_torch_keeps_to_one_thread_where_the_kernels_compute(tmp_path: Path) -> None:
+    library()
+    random_model("LlamaForCausalLM", heads=4, kv_heads=2, hidden_size=64).save_pretrained(tmp_path)
+    settings = EngineSettings(kv_cache_tokens=256, threads=2, kernels="native")
+    built = build_engine(resolve(str(tmp_path)), settings, prefill_share=1.0, shared_cache=False)
+    assert isinstance(built.engine._runner, NativeRunner)
+    assert torch.get_num_threads() == 1
 
 
 def test_unset_threads_are_the_cores_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5})
-    set_threads(None)
-    assert torch.get_num_threads() == 3
+    assert num_threads(None) == 3
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------
