@@ -44,6 +44,7 @@ from shared.bus.requests import RequestStore
 from shared.bus.stored import ResponseStore
 from shared.bus.stream import Patience, RequestStreams
 from shared.config import GatewaySettings, RedisSettings, Settings
+from shared.garbage import collect_garbage_rarely
 from shared.protocol.keys import Keys
 from shared.tasks import end_tasks
 
