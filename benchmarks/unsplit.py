@@ -1,0 +1,148 @@
+"""Gaps of running streams while long prompts arrive, in one engine that is not split: ourselves as our own rival.
+
+    python -m benchmarks.unsplit --out docs/data/unsplit.json
+
+What `benchmarks.peers` measures over HTTP on the split topology (8 running streams, 2048-token prompts that arrive one
+after the other), here in one process: one engine with the native kernels on all cores computes prompts in chunks beside
+the decodes. There is no bus, no gateway, no hand-off and no client on the same cores, so this is the best that an
+unsplit server made of these kernels could do, and a comparison in our disfavour. A gap is the time of a step, which
+gives each stream one token; each chunk size has an engine of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Sequence as Items
+from pathlib import Path
+from typing import Any
+
+from benchmarks.raw import write_raw
+from services.bench.report import percentile
+from shared.cores import CoreBoard, CoreShare
+from shared.engine.engine import Engine
+from shared.engine.runner import NativeRunner
+from shared.engine.scheduler import SchedulerLimits
+from shared.engine.sequence import Sequence, Status
+from shared.kernels.library import Library, load_library
+from shared.kv.cache import KVCache
+from shared.kv.layout import KVLayout
+from shared.model.registry import load_native
+from shared.model.source import ModelSource, resolve
+from shared.protocol.sampling import SamplingParams
+from shared.worker.build import set_threads
+
+CHUNKS = (512, 256, 128, 64, 32, 16)
+"""Prompt tokens a step computes at most, beside the running streams' one each."""
+
+STREAMS, PROMPT_LEN = 8, 64
+ARRIVALS, ARRIVING = 4, 2048
+STEPS_ALONE = 100
+WARM_STEPS = 10
+ENDLESS = 1 << 20
+BLOCK_SIZE, KV_TOKENS = 16, 16384
+
+
+class Unsplit:
+    """One engine with all streams decoding."""
+
+    def __init__(self, runner: NativeRunner, chunk: int) -> None:
+        limits = SchedulerLimits(max_num_seqs=STREAMS + 1, max_num_batched_tokens=chunk + STREAMS)
+        self._engine = Engine(runner, limits)
+        self._random = random.Random(chunk)
+        self._streams = [self._add(PROMPT_LEN, ENDLESS) for _ in range(STREAMS)]
+        while any(stream.num_output < WARM_STEPS for stream in self._streams):
+            self._engine.step()
+
+    def alone(self) -> list[float]:
+        """Seconds of each gap while only the streams run."""
+        return [self._gap() for _ in range(STEPS_ALONE)]
+
+    def arrival(self) -> list[float]:
+        """Seconds of each gap from a long prompt's arrival to its first token; their sum is that token's time."""
+        sequence = self._add(ARRIVING, 1)
+        gaps = []
+        while sequence.status is not Status.FINISHED:
+            gaps.append(self._gap())
+        return gaps
+
+    def _gap(self) -> float:
+        """One step. Raises RuntimeError when a stream got no token in it."""
+        held = [stream.num_output for stream in self._streams]
+        begun = time.perf_counter()
+        self._engine.step()
+        seconds = time.perf_counter() - begun
+        if any(stream.num_output != before + 1 for stream, before in zip(self._streams, held, strict=True)):
+            raise RuntimeError("a stream was left out of a step, so nothing was measured")
+        return seconds
+
+    def _add(self, length: int, max_tokens: int) -> Sequence:
+        params = SamplingParams(max_tokens, seed=1, temperature=0.0)
+        sequence = Sequence("", params, self._random.choices(range(100, 40000), k=length), length, (0,), b"bench")
+        self._engine.add(sequence)
+        return sequence
+
+
+def make_runner(source: ModelSource, library: Library) -> NativeRunner:
+    """The model on all cores, its threads placed as `serve` places those of a worker that computes alone."""
+    threads = set_threads(None)
+    config = source.config
+    layout = KVLayout(
+        config.num_layers, config.num_kv_heads, config.head_dim, BLOCK_SIZE, "bfloat16", k_transposed=True
+    )
+    cache = KVCache(layout, 1 + layout.num_blocks(KV_TOKENS))
+    cache.zero(range(cache.num_blocks))  # every page is there before the first step
+    decoder = load_native(source, library, layout, threads)
+    return NativeRunner(decoder, cache, CoreShare(CoreBoard.create(), 0, threads))
+
+
+def measure(runner: NativeRunner, chunk: int) -> dict[str, Any]:
+    """Milliseconds of the gaps before the arrivals and beside them, and of the arrivals' first tokens."""
+    engine = Unsplit(runner, chunk)
+    alone = engine.alone()
+    arrivals = [engine.arrival() for _ in range(ARRIVALS)]
+    return {
+        "chunk": chunk,
+        "alone_gap_ms": summary(alone),
+        "beside_gap_ms": summary([gap for gaps in arrivals for gap in gaps]),
+        "arrivals_ttft_ms": summary([sum(gaps) for gaps in arrivals]),
+    }
+
+
+def summary(seconds: Items[float]) -> dict[str, float | None]:
+    """Count, percentiles and the longest, in milliseconds."""
+    ms = [1000 * value for value in seconds]
+    return {"count": len(ms), "p50": percentile(ms, 50), "p99": percentile(ms, 99), "max": max(ms)}
+
+
+def table(runs: Items[dict[str, Any]]) -> str:
+    """One line a chunk size, in milliseconds."""
+    columns = [("alone_gap_ms", "p50"), ("alone_gap_ms", "p99"), ("beside_gap_ms", "p50"), ("beside_gap_ms", "p99")]
+    columns += [("arrivals_ttft_ms", "p50"), ("arrivals_ttft_ms", "max")]
+    lines = [["chunk", "steps measured beside", *(f"{name} {figure}" for name, figure in columns)]]
+    lines.append(["---"] * len(lines[0]))
+    for run in runs:
+        cells = [f"{run[name][figure]:.0f}" for name, figure in columns]
+        lines.append([str(run["chunk"]), str(run["beside_gap_ms"]["count"]), *cells])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    library = load_library()
+    if library is None:
+        sys.exit("The native kernels were not built; install Slipstream where there is a C++ compiler.")
+    source = resolve(options.model)
+    runner = make_runner(source, library)
+    runs = [measure(runner, chunk) for chunk in CHUNKS]
+    print(table(runs))
+    write_raw(options.out, runs, model=source.name, isa=library.best_isa.name.lower(), table=table(runs).splitlines())
+
+
+if __name__ == "__main__":
+    main()
