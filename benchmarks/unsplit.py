@@ -1,25 +1,34 @@
 """Gaps of running streams while long prompts arrive, in one engine that is not split: ourselves as our own rival.
 
     python -m benchmarks.unsplit --out docs/data/unsplit.json
+    python -m benchmarks.unsplit --split --out docs/data/unsplit-split.json
 
-What `benchmarks.peers` measures over HTTP on the split topology (8 running streams, 2048-token prompts that arrive one
-after the other), here in one process: one engine with the native kernels on all cores computes prompts in chunks beside
-the decodes. There is no bus, no gateway, no hand-off and no client on the same cores, so this is the best that an
-unsplit server made of these kernels could do, and a comparison in our disfavour. A gap is the time of a step, which
-gives each stream one token. Each round measures every chunk size once, on an engine of its own.
+8 streams run, and 2048-token prompts arrive one after the other. Unsplit: in one process, one engine with the native
+kernels on all cores computes the prompts in chunks beside the decodes. There is no bus, no gateway, no hand-off and no
+client on the same cores, so this is the best that an unsplit server made of these kernels could do, and a comparison
+in our disfavour. A gap is the time of a step, which gives each stream one token. Each round measures every chunk size
+once, on an engine of its own.
+
+With `--split`: `slipstream serve` over HTTP. Its streams outlast the prompts, so that each prompt is computed beside
+them; their gaps before the first and after the last prompt count too.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import random
 import sys
 import time
 from collections.abc import Sequence as Items
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.raw import write_raw
+from benchmarks.server import slipstream
+from services.bench.load import run_bench
+from services.bench.options import BenchOptions
 from services.bench.report import percentile
 from shared.cores import CoreBoard, CoreShare
 from shared.engine.engine import Engine
@@ -46,6 +55,7 @@ STEPS_ALONE = 100
 WARM_STEPS = 10
 ENDLESS = 1 << 20
 BLOCK_SIZE, KV_TOKENS = 16, 16384
+PORT, SPLIT_OUTPUT_LEN, SPLIT_ARRIVALS, LEAD_S = 18962, 1000, 4, 1.5
 
 
 class Unsplit:
@@ -134,19 +144,46 @@ def table(runs: Items[dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+async def measure_split(url: str, number: int) -> dict[str, Any]:
+    """Gaps of all of the streams' life, and the arrivals' first tokens. Raises RuntimeError when streams end early."""
+    arriving = BenchOptions(url, warmup=0, requests=SPLIT_ARRIVALS, prompt_len=ARRIVING, output_len=1, seed=number)
+    steady = replace(
+        arriving, concurrency=STREAMS, requests=STREAMS, prompt_len=PROMPT_LEN, output_len=SPLIT_OUTPUT_LEN
+    )
+    running = asyncio.create_task(run_bench(steady))
+    await asyncio.sleep(LEAD_S)
+    arrived = await run_bench(arriving)
+    if running.done() or not arrived.ok:
+        raise RuntimeError("the streams ended before the prompts were computed, or a prompt failed")
+    return {"round": number, "gap_ms": (await running).itl_ms, "arrivals_ttft_ms": arrived.ttft_ms}
+
+
+def split_runs(model: str) -> list[dict[str, Any]]:
+    """All rounds on one `slipstream serve`."""
+    url = f"http://127.0.0.1:{PORT}"
+    with slipstream(model).running(PORT):
+        asyncio.run(run_bench(BenchOptions(url, requests=STREAMS, concurrency=STREAMS, output_len=WARM_STEPS)))
+        return [asyncio.run(measure_split(url, number)) for number in range(ROUNDS)]
+
+
+def unsplit_runs(model: str) -> list[dict[str, Any]]:
+    """All rounds in this process."""
     library = load_library()
     if library is None:
         sys.exit("The native kernels were not built; install Slipstream where there is a C++ compiler.")
-    source = resolve(options.model)
-    runner = make_runner(source, library)
-    runs = [measure(runner, chunk, number) for number in range(ROUNDS) for chunk in CHUNKS]
-    print(table(runs))
-    write_raw(options.out, runs, model=source.name, isa=library.best_isa.name.lower(), table=table(runs).splitlines())
+    runner = make_runner(resolve(model), library)
+    return [measure(runner, chunk, number) for number in range(ROUNDS) for chunk in CHUNKS]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--split", action="store_true", help="measure `slipstream serve` instead")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    runs = split_runs(options.model) if options.split else unsplit_runs(options.model)
+    print(*(runs if options.split else [table(runs)]), sep="\n")
+    write_raw(options.out, runs)
 
 
 if __name__ == "__main__":
