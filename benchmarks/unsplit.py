@@ -126,21 +126,32 @@ def measure(runner: NativeRunner, chunk: int, number: int) -> dict[str, Any]:
 
 
 def summary(seconds: Items[float]) -> dict[str, float | None]:
-    """Count, percentiles and the longest, in milliseconds."""
+    """Count, extremes and percentiles, in milliseconds."""
     ms = [1000 * value for value in seconds]
-    return {"count": len(ms), "p50": percentile(ms, 50), "p99": percentile(ms, 99), "max": max(ms)}
+    shares = {f"p{share}": percentile(ms, share) for share in (50, 99)}
+    return {"count": len(ms), "min": min(ms), "max": max(ms), **shares}
+
+
+COLUMNS = {
+    "gap p50 alone": ("alone_gap_ms", "p50", "p50"),
+    "gap p99 alone": ("alone_gap_ms", "p99", "p99"),
+    "gap p50 beside": ("beside_gap_ms", "p50", "p50"),
+    "gap p99 beside": ("beside_gap_ms", "p99", "p99"),
+    "first token of a prompt": ("arrivals_ttft_ms", "min", "max"),
+}
+"""Heading → what is measured, and which figures of the rounds bound it."""
 
 
 def table(runs: Items[dict[str, Any]]) -> str:
-    """One line a chunk size, in milliseconds: the least and the greatest of the rounds."""
-    columns = [(gap, share) for gap in ("alone_gap_ms", "beside_gap_ms") for share in ("p50", "p99")]
-    columns.append(("arrivals_ttft_ms", "p50"))
-    lines = [["chunk", *(f"{name} {share}" for name, share in columns)]]
-    lines.append(["---"] * len(lines[0]))
+    """One line a chunk size, in milliseconds: least and greatest of the rounds."""
+    lines = [["chunk", *COLUMNS], ["---"] * (1 + len(COLUMNS))]
     for chunk in CHUNKS:
         rounds = [run for run in runs if run["chunk"] == chunk]
-        values = [[run[name][share] for run in rounds] for name, share in columns]
-        lines.append([str(chunk), *(f"{min(both):.0f}-{max(both):.0f}" for both in values)])
+        bounds = [
+            (min(run[name][low] for run in rounds), max(run[name][high] for run in rounds))
+            for name, low, high in COLUMNS.values()
+        ]
+        lines.append([str(chunk), *(f"{low:.0f}-{high:.0f}" for low, high in bounds)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
