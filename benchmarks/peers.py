@@ -12,16 +12,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import shlex
-import signal
-import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,10 +24,10 @@ from typing import Any
 import psutil
 
 from benchmarks.raw import write_raw
+from benchmarks.server import OURS, Server, slipstream
 from services.bench.load import run_bench
 from services.bench.options import BenchOptions
 
-OURS = "slipstream"
 STREAMS = {1: 6, 8: 24, 32: 64}
 """Streams at once, and requests measured."""
 
@@ -41,45 +36,6 @@ PREFILLS = {512: 4, 2048: 3}
 """Prompt tokens, and requests measured one after the other with a single token of output."""
 
 RUNNING, ARRIVING = 8, 2048
-START_TIMEOUT_S = 240.0
-
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    """One server of the comparison; `{port}` in the command is where it is to listen."""
-
-    name: str
-    command: tuple[str, ...]
-
-    @contextmanager
-    def running(self, port: int) -> Iterator[subprocess.Popen[bytes]]:
-        command = [part.replace("{port}", str(port)) for part in self.command]
-        with subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        ) as process:
-            try:
-                self._await(process, port)
-                yield process
-            finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGINT)
-                try:
-                    process.wait(30)
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)
-
-    def _await(self, process: subprocess.Popen[bytes], port: int) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not _healthy(port):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{self.name} did not start: {shlex.join(self.command)}")
-            time.sleep(0.3)
-
-
-def _healthy(port: int) -> bool:
-    with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
-        return bool(response.status == 200)
-    return False
 
 
 class Family:
@@ -215,8 +171,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=18960)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    ours = (sys.executable, "-m", "services.cli", "serve", options.model, "--port", "{port}")
-    servers = [Server(OURS, (*ours, *shlex.split(options.serve_flags))), *options.peer]
+    servers = [slipstream(options.model, *shlex.split(options.serve_flags)), *options.peer]
     results = []
     for number in range(options.rounds):
         for server in servers:
