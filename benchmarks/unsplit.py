@@ -1,34 +1,26 @@
 """Gaps of running streams while long prompts arrive, in one engine that is not split: ourselves as our own rival.
 
     python -m benchmarks.unsplit --out docs/data/unsplit.json
-    python -m benchmarks.unsplit --split --out docs/data/unsplit-split.json
 
 8 streams run, and 2048-token prompts arrive one after the other. Unsplit: in one process, one engine with the native
 kernels on all cores computes the prompts in chunks beside the decodes. There is no bus, no gateway, no hand-off and no
 client on the same cores, so this is the best that an unsplit server made of these kernels could do, and a comparison
 in our disfavour. A gap is the time of a step, which gives each stream one token. Each round measures every chunk size
-once, on an engine of its own.
-
-With `--split`: `slipstream serve` over HTTP. Its streams outlast the prompts, so that each prompt is computed beside
-them; their gaps before the first and after the last prompt count too.
+once, on an engine of its own. What `slipstream serve` does over HTTP is in
+`benchmarks.peers`.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import random
 import sys
 import time
 from collections.abc import Sequence as Items
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.raw import write_raw
-from benchmarks.server import slipstream
-from services.bench.load import run_bench
-from services.bench.options import BenchOptions
 from services.bench.report import percentile
 from shared.cores import CoreBoard, CoreShare
 from shared.engine.engine import Engine
@@ -41,7 +33,7 @@ from shared.kv.layout import KVLayout
 from shared.model.registry import load_native
 from shared.model.source import ModelSource, resolve
 from shared.protocol.sampling import SamplingParams
-from shared.worker.build import set_threads
+from shared.worker.build import num_threads, set_torch_threads
 
 CHUNKS = (512, 256, 128, 64, 32, 16)
 """Prompt tokens a step computes at most, beside the running streams' one each."""
@@ -55,7 +47,6 @@ STEPS_ALONE = 100
 WARM_STEPS = 10
 ENDLESS = 1 << 20
 BLOCK_SIZE, KV_TOKENS = 16, 16384
-PORT, SPLIT_OUTPUT_LEN, SPLIT_ARRIVALS, LEAD_S = 18962, 1000, 4, 1.5
 
 
 class Unsplit:
@@ -100,7 +91,8 @@ class Unsplit:
 
 def make_runner(source: ModelSource, library: Library) -> NativeRunner:
     """The model on all cores, its threads placed as `serve` places those of a worker that computes alone."""
-    threads = set_threads(None)
+    threads = num_threads(None)
+    set_torch_threads(1)  # as workers do
     config = source.config
     layout = KVLayout(
         config.num_layers, config.num_kv_heads, config.head_dim, BLOCK_SIZE, "bfloat16", k_transposed=True
@@ -155,28 +147,6 @@ def table(runs: Items[dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-async def measure_split(url: str, number: int) -> dict[str, Any]:
-    """Gaps of all of the streams' life, and the arrivals' first tokens. Raises RuntimeError when streams end early."""
-    arriving = BenchOptions(url, warmup=0, requests=SPLIT_ARRIVALS, prompt_len=ARRIVING, output_len=1, seed=number)
-    steady = replace(
-        arriving, concurrency=STREAMS, requests=STREAMS, prompt_len=PROMPT_LEN, output_len=SPLIT_OUTPUT_LEN
-    )
-    running = asyncio.create_task(run_bench(steady))
-    await asyncio.sleep(LEAD_S)
-    arrived = await run_bench(arriving)
-    if running.done() or not arrived.ok:
-        raise RuntimeError("the streams ended before the prompts were computed, or a prompt failed")
-    return {"round": number, "gap_ms": (await running).itl_ms, "arrivals_ttft_ms": arrived.ttft_ms}
-
-
-def split_runs(model: str) -> list[dict[str, Any]]:
-    """All rounds on one `slipstream serve`."""
-    url = f"http://127.0.0.1:{PORT}"
-    with slipstream(model).running(PORT):
-        asyncio.run(run_bench(BenchOptions(url, requests=STREAMS, concurrency=STREAMS, output_len=WARM_STEPS)))
-        return [asyncio.run(measure_split(url, number)) for number in range(ROUNDS)]
-
-
 def unsplit_runs(model: str) -> list[dict[str, Any]]:
     """All rounds in this process."""
     library = load_library()
@@ -189,11 +159,10 @@ def unsplit_runs(model: str) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--split", action="store_true", help="measure `slipstream serve` instead")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    runs = split_runs(options.model) if options.split else unsplit_runs(options.model)
-    print(*(runs if options.split else [table(runs)]), sep="\n")
+    runs = unsplit_runs(options.model)
+    print(table(runs))
     write_raw(options.out, runs)
 
 
