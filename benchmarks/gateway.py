@@ -16,10 +16,9 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -27,6 +26,7 @@ from typing import Any
 
 from benchmarks.canned_worker import CannedWorker
 from benchmarks.raw import write_raw
+from benchmarks.server import becomes_healthy
 from shared.bus.embedded import EmbeddedServer
 from shared.lifecycle import PARENT_VARIABLE
 from shared.protocol.keys import Keys
@@ -93,13 +93,8 @@ class Gateway:
 
     def wait_ready(self) -> None:
         """Until it sees the worker. Raises RuntimeError."""
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while True:
-            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
-                return
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError("the gateway did not become ready")
-            time.sleep(0.1)
+        if not becomes_healthy(self._process, self.port):
+            raise RuntimeError("the gateway did not become ready")
 
 
 @contextmanager

@@ -12,16 +12,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import shlex
-import signal
-import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,10 +25,12 @@ from typing import Any
 import psutil
 
 from benchmarks.raw import write_raw
+from benchmarks.server import OURS, Server, slipstream
+from benchmarks.steady_streams import SteadyStreams
 from services.bench.load import run_bench
 from services.bench.options import BenchOptions
+from services.bench.report import percentile
 
-OURS = "slipstream"
 STREAMS = {1: 6, 8: 24, 32: 64}
 """Streams at once, and requests measured."""
 
@@ -40,46 +38,8 @@ PROMPT_LEN, OUTPUT_LEN = 64, 128
 PREFILLS = {512: 4, 2048: 3}
 """Prompt tokens, and requests measured one after the other with a single token of output."""
 
-RUNNING, ARRIVING = 8, 2048
-START_TIMEOUT_S = 240.0
-
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    """One server of the comparison; `{port}` in the command is where it is to listen."""
-
-    name: str
-    command: tuple[str, ...]
-
-    @contextmanager
-    def running(self, port: int) -> Iterator[subprocess.Popen[bytes]]:
-        command = [part.replace("{port}", str(port)) for part in self.command]
-        with subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        ) as process:
-            try:
-                self._await(process, port)
-                yield process
-            finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGINT)
-                try:
-                    process.wait(30)
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)
-
-    def _await(self, process: subprocess.Popen[bytes], port: int) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not _healthy(port):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{self.name} did not start: {shlex.join(self.command)}")
-            time.sleep(0.3)
-
-
-def _healthy(port: int) -> bool:
-    with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
-        return bool(response.status == 200)
-    return False
+RUNNING, LONG_OUTPUT_LEN, LEAD_S = 8, 1400, 1.5
+ARRIVALS, ARRIVING = 4, 2048
 
 
 class Family:
@@ -127,15 +87,24 @@ def measure(options: BenchOptions) -> dict[str, Any]:
 
 
 async def gaps_beside_arrivals(options: BenchOptions) -> dict[str, Any]:
-    """Running streams' gaps, alone and while long prompts arrive one after the other."""
-    steady = replace(options, concurrency=RUNNING, requests=RUNNING, prompt_len=PROMPT_LEN, output_len=3 * OUTPUT_LEN)
-    alone = await run_bench(steady)
-    arrivals = replace(options, concurrency=1, requests=4, warmup=0, prompt_len=ARRIVING, output_len=1, seed=77)
-    running = asyncio.create_task(run_bench(replace(steady, seed=5)))
-    await asyncio.sleep(1.5)  # the streams run
-    arrived = await run_bench(arrivals)
-    beside = await running
-    return {"alone_itl_ms": alone.itl_ms, "beside_itl_ms": beside.itl_ms, "arrivals_ttft_ms": arrived.ttft_ms}
+    """Running streams' gaps, alone and while long prompts arrive one after the other.
+
+    The streams are longer than all prompts take, so that each prompt is computed beside all of them; gaps count from
+    the first prompt's start to the last one's first token.
+    """
+    steady = replace(options, concurrency=RUNNING, requests=RUNNING, prompt_len=PROMPT_LEN)
+    alone = await run_bench(replace(steady, output_len=OUTPUT_LEN))
+    arrivals = replace(options, concurrency=1, requests=ARRIVALS, warmup=0, prompt_len=ARRIVING, output_len=1, seed=77)
+    async with SteadyStreams(replace(steady, output_len=LONG_OUTPUT_LEN, seed=5)) as streams:
+        await asyncio.sleep(LEAD_S)
+        began = time.perf_counter()
+        arrived = await run_bench(arrivals)
+        gaps = streams.gaps(began, time.perf_counter())
+    return {
+        "alone_itl_ms": alone.itl_ms,
+        "beside_itl_ms": {f"p{q}": round(1000 * (percentile(gaps, q) or 0.0), 3) for q in (50, 90, 99)},
+        "arrivals_ttft_ms": arrived.ttft_ms,
+    }
 
 
 def one_round(server: Server, port: int, number: int) -> dict[str, Any]:
@@ -215,8 +184,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=18960)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    ours = (sys.executable, "-m", "services.cli", "serve", options.model, "--port", "{port}")
-    servers = [Server(OURS, (*ours, *shlex.split(options.serve_flags))), *options.peer]
+    servers = [slipstream(options.model, *shlex.split(options.serve_flags)), *options.peer]
     results = []
     for number in range(options.rounds):
         for server in servers:

@@ -12,7 +12,8 @@ import json
 from pathlib import Path
 from statistics import median
 
-from benchmarks.peers import OURS, columns
+from benchmarks.peers import columns
+from benchmarks.server import OURS
 
 
 def main() -> None:

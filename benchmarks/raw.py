@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 SECRETS = ("--api-key",)
+CPUS = len(os.sched_getaffinity(0))
+"""Counted before anything is measured: the kernels keep the thread that calls them to one core."""
 
 
 def write_raw(out: Path | None, results: Sequence[dict[str, Any]], **summary: Any) -> None:
@@ -26,7 +28,7 @@ def write_raw(out: Path | None, results: Sequence[dict[str, Any]], **summary: An
         "command": " ".join(["python", "-m", *_module(), *_without_secrets(sys.argv[1:])]),
         "commit": head.stdout.strip() + ("+changes" if changed.stdout.strip() else ""),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "machine": {"system": platform.platform(), "python": platform.python_version(), "cpus": _cpus()},
+        "machine": {"system": platform.platform(), "python": platform.python_version(), "cpus": CPUS},
         **summary,
         "runs": list(results),
     }
@@ -47,7 +49,3 @@ def _without_secrets(arguments: Sequence[str]) -> list[str]:
         shown.append("[withheld]" if is_secret else f"{flag}=[withheld]" if flag in SECRETS and sign else argument)
         is_secret = flag in SECRETS and not sign
     return shown
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0))

@@ -13,16 +13,14 @@ import argparse
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from benchmarks.server import slipstream
 
 STREAMS = {1: 4, 8: 16, 32: 32}
 """Streams at once, and requests measured."""
@@ -32,33 +30,10 @@ PORT = 8971
 MODES = {"slipstream": [], "slipstream-not-invariant": ["--no-batch-invariant"]}
 
 
-@contextmanager
-def served(flags: list[str]) -> Iterator[str]:
-    """A running `slipstream serve smollm2`; yields its URL."""
-    command = [sys.executable, "-m", "services.cli", "serve", "smollm2", "--kernels", "torch"]
-    command += ["--port", str(PORT), *flags]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{PORT}"
-    try:
-        while not _healthy(url):
-            if process.poll() is not None:
-                raise RuntimeError(f"serve ended with status {process.returncode}")
-            time.sleep(0.2)
-        yield url
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
-
-
-def _healthy(url: str) -> bool:
-    with suppress(OSError), urllib.request.urlopen(url + "/health", timeout=5) as response:
-        return bool(response.status == 200)
-    return False
-
-
-def bench(url: str, streams: int, requests: int, label: str) -> dict[str, Any]:
+def bench(streams: int, requests: int, label: str) -> dict[str, Any]:
     """One `slipstream bench --json` run."""
-    command = [sys.executable, "-m", "services.cli", "bench", "--json", "--base-url", url, "--label", label]
+    command = [sys.executable, "-m", "services.cli", "bench", "--json", "--label", label]
+    command += ["--base-url", f"http://127.0.0.1:{PORT}"]
     command += ["--concurrency", str(streams), "--requests", str(requests)]
     command += ["--prompt-len", str(PROMPT_LEN), "--output-len", str(OUTPUT_LEN)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -99,9 +74,9 @@ def run(rounds: int) -> dict[str, Any]:
     raw: dict[str, dict[int, list[Any]]] = {mode: {n: [] for n in STREAMS} for mode in [*MODES, "transformers"]}
     for number in range(rounds):
         for mode, flags in MODES.items():
-            with served(flags) as url:
+            with slipstream("smollm2", "--kernels", "torch", *flags).running(PORT):
                 for streams, requests in STREAMS.items():
-                    raw[mode][streams].append(bench(url, streams, requests, f"{mode} round {number}"))
+                    raw[mode][streams].append(bench(streams, requests, f"{mode} round {number}"))
         for streams, rate in transformers_rates(list(STREAMS)).items():
             raw["transformers"][streams].append(rate)
         print(f"round {number + 1} of {rounds} done", file=sys.stderr)

@@ -13,12 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import signal
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,6 +26,7 @@ from typing import Any
 import psutil
 
 from benchmarks.raw import write_raw
+from benchmarks.server import slipstream
 from shared.engine.thread import NAME as ENGINE_THREAD
 
 STREAMS = {1: 6, 8: 32, 32: 96}
@@ -98,25 +96,8 @@ def part_of(role: str, thread: str, *, is_main: bool) -> str:
 def served(folder: Path) -> Iterator[Served]:
     """A running `slipstream serve smollm2`, drained at the end."""
     log = folder / "serve.log"
-    command = [sys.executable, "-m", "services.cli", "serve", "smollm2", "--port", str(PORT), "--log-level", "info"]
-    with log.open("wb") as errors:
-        process = subprocess.Popen(command, stdout=errors, stderr=errors)
-    stack = Served(f"http://127.0.0.1:{PORT}", psutil.Process(process.pid), log)
-    try:
-        while not _is_healthy(stack.url):
-            if process.poll() is not None:
-                raise RuntimeError(f"serve ended with status {process.returncode}: {log.read_text()[-500:]}")
-            time.sleep(0.2)
-        yield stack
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
-
-
-def _is_healthy(url: str) -> bool:
-    with suppress(OSError), urllib.request.urlopen(url + "/health", timeout=5) as response:
-        return bool(response.status == 200)
-    return False
+    with slipstream("smollm2", "--log-level", "info").running(PORT, log) as process:
+        yield Served(f"http://127.0.0.1:{PORT}", psutil.Process(process.pid), log)
 
 
 def load(url: str, streams: int, requests: int) -> tuple[dict[str, Any], float]:

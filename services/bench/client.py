@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import aiohttp
@@ -16,15 +17,15 @@ _MAX_ERROR = 200
 
 @dataclass(slots=True)
 class Sample:
-    """What one request showed. Times in seconds; `gaps` lie between chunks that carried text.
+    """What one request showed. Times in seconds; `gaps` lie between chunks that carried text, which came at `times`
+    (as `time.perf_counter` counts).
 
     `path`, `handoff_ms` and `kv_bytes` come from Slipstream's usage details and stay empty elsewhere.
     """
 
     ttft: float | None = None
-    gaps: list[float] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
     elapsed: float = 0.0
-    num_chunks: int = 0
     output_tokens: int = 0
     prompt_tokens: int | None = None
     path: str = ""
@@ -32,12 +33,28 @@ class Sample:
     kv_bytes: int = 0
     error: str = ""
 
+    @property
+    def num_chunks(self) -> int:
+        return len(self.times)
+
+    @property
+    def gaps(self) -> list[float]:
+        return [later - earlier for earlier, later in pairwise(self.times)]
+
 
 async def stream_one(
-    session: aiohttp.ClientSession, options: BenchOptions, model: str, prompt: list[int] | str, seed: int
+    session: aiohttp.ClientSession,
+    options: BenchOptions,
+    model: str,
+    prompt: list[int] | str,
+    seed: int,
+    sample: Sample | None = None,
 ) -> Sample:
-    """Send one request and read its stream to the end. Never raises for what the server does wrong: see `error`."""
-    sample = Sample()
+    """Send one request and read its stream to the end, filling `sample` as it comes.
+
+    Never raises for what the server does wrong: see `error`.
+    """
+    sample = sample or Sample()
     body = {
         "model": model,
         "prompt": prompt,
@@ -64,13 +81,14 @@ async def stream_one(
 
 
 async def _read_stream(content: aiohttp.StreamReader, sample: Sample, start: float) -> None:
-    parser, last = EventParser(), start
+    parser = EventParser()
     while not parser.is_done:
         data = await content.readany()
         now = time.perf_counter()
         for event in parser.feed(data) if data else parser.end():
             if _take(sample, event):
-                last = _time_chunk(sample, now, start, last)
+                sample.ttft = now - start if sample.ttft is None else sample.ttft
+                sample.times.append(now)
         if not data and not parser.is_done:
             raise StreamError("the stream broke off before [DONE]")
     # A server that reports no usage is taken to send one token a chunk.
@@ -85,16 +103,6 @@ def _take(sample: Sample, event: dict[str, Any]) -> bool:
     if isinstance(usage, dict):
         _take_usage(sample, usage)
     return _has_text(event)
-
-
-def _time_chunk(sample: Sample, now: float, start: float, last: float) -> float:
-    """A chunk with text was there at `now`, the one before it at `last`."""
-    if sample.ttft is None:
-        sample.ttft = now - start
-    else:
-        sample.gaps.append(now - last)
-    sample.num_chunks += 1
-    return now
 
 
 def _has_text(event: dict[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 from services.decode.worker import DecodeService
 from shared.config import Settings
+from shared.garbage import collect_garbage_rarely
 from shared.transfer.importer import Importer
 from shared.worker.context import WorkerContext
 from shared.worker.life import Worker
@@ -25,6 +26,7 @@ async def run_decode(settings: Settings, stop: asyncio.Event) -> None:
 async def _service(context: WorkerContext) -> AsyncIterator[DecodeService]:
     transports = context.transfer_settings.transports
     importer = Importer(context.built.cache, context.identity, context.secret, context.transfer_limits, transports)
+    collect_garbage_rarely()
     try:
         yield DecodeService(context, importer)
     finally:

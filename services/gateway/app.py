@@ -10,7 +10,6 @@ The life of a gateway:
 from __future__ import annotations
 
 import asyncio
-import gc
 import importlib.metadata
 import secrets
 import sys
@@ -45,14 +44,12 @@ from shared.bus.requests import RequestStore
 from shared.bus.stored import ResponseStore
 from shared.bus.stream import Patience, RequestStreams
 from shared.config import GatewaySettings, RedisSettings, Settings
+from shared.garbage import collect_garbage_rarely
 from shared.protocol.keys import Keys
 from shared.tasks import end_tasks
 
 SWITCH_INTERVAL_S = 0.0005
 """After this long a text thread hands the interpreter back to the event loop; Python's default is ten times that."""
-
-NEW_OBJECTS = 20_000
-"""So many more objects than before are looked through for garbage at once."""
 
 _log = structlog.get_logger()
 
@@ -82,17 +79,6 @@ async def run_gateway(settings: Settings, stop: asyncio.Event) -> None:
         await stop.wait()
         await drain(gateway, settings.drain_timeout_s)
     _log.info("gateway_stopped")
-
-
-def collect_garbage_rarely() -> None:
-    """Leave what was loaded at start out of every collection, and wait for more objects before each.
-
-    A running answer keeps objects for every token it was given. With Python's own limit of 700 new ones the collector
-    looks at them again and again, to find that none is garbage.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(NEW_OBJECTS)
 
 
 @asynccontextmanager

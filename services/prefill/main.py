@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 from services.prefill.worker import PrefillService
 from shared.config import Settings
+from shared.garbage import collect_garbage_rarely
 from shared.transfer.exporter import Exporter
 from shared.worker.context import WorkerContext
 from shared.worker.life import Worker
@@ -23,6 +24,7 @@ async def _service(context: WorkerContext) -> AsyncIterator[PrefillService]:
     settings = context.transfer_settings
     exporter = Exporter(context.built.cache, context.identity, context.secret, context.transfer_limits)
     await exporter.start(settings.host, settings.port, settings.advertise_host or None, settings.advertise_port)
+    collect_garbage_rarely()
     try:
         yield PrefillService(context, exporter)
     finally:

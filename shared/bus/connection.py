@@ -8,7 +8,8 @@ their loops have to notice a cut connection.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import ssl
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from redis.asyncio import Redis
@@ -80,17 +81,33 @@ async def check(client: Redis) -> str:
     except (RedisError, OSError) as error:
         if _is_refused(error):
             raise ConfigurationError("Redis refused user or password; set them in SLIPSTREAM_REDIS__URL") from None
+        if _is_untrusted(error):
+            raise ConfigurationError(
+                "the certificate of Redis cannot be verified; name the file of its authority in SLIPSTREAM_REDIS__URL, "
+                "as in rediss://redis.example:6379/0?ssl_ca_certs=/etc/redis/ca.pem, and call the server by the name "
+                "that the certificate has"
+            ) from None
         raise BusUnavailable(
             f"Redis cannot be reached ({type(error).__name__}); is SLIPSTREAM_REDIS__URL right?"
         ) from None
     return require_version(info)
 
 
-def _is_refused(error: BaseException | None) -> bool:
-    """Whether a wrong password is behind `error`; the library wraps it in a connection error."""
-    while error is not None and not isinstance(error, AuthenticationError):
-        error = error.__cause__
-    return error is not None
+def _is_refused(error: BaseException) -> bool:
+    """Whether a wrong password is behind `error`."""
+    return any(isinstance(one, AuthenticationError) for one in _chain(error))
+
+
+def _is_untrusted(error: BaseException) -> bool:
+    """Whether a certificate that TLS does not accept is behind `error`."""
+    return any(isinstance(one, ssl.SSLCertVerificationError) for one in _chain(error))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what led to it: the library wraps the one in the other, with and without saying so."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def require_version(info: Mapping[str, Any]) -> str:

@@ -356,8 +356,8 @@ def test_base_url_may_end_in_v1(base: str) -> None:
 
 def sample_report() -> BenchReport:
     samples = [
-        Sample(ttft=0.1, gaps=[0.04, 0.02], elapsed=0.2, num_chunks=3, output_tokens=3, prompt_tokens=8, handoff_ms=5),
-        Sample(ttft=0.3, gaps=[0.06, 0.02], elapsed=0.4, num_chunks=3, output_tokens=3, prompt_tokens=8, handoff_ms=15),
+        Sample(ttft=0.1, times=[1.0, 1.04, 1.06], elapsed=0.2, output_tokens=3, prompt_tokens=8, handoff_ms=5),
+        Sample(ttft=0.3, times=[2.0, 2.06, 2.08], elapsed=0.4, output_tokens=3, prompt_tokens=8, handoff_ms=15),
         Sample(error="HTTP 503: full", elapsed=9.0),
     ]
     processes = [ProcessMemory(12, "decode", 300 << 20, 200 << 20), ProcessMemory(13, "redis", 10 << 20, None)]
