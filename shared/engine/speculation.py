@@ -21,6 +21,9 @@ _WORTHWHILE = 1.03
 """Expected gain below which a step goes without guesses: estimates are no better than that."""
 
 _SUREST = 0.98
+_LEAST_GAIN = 0.02
+_LONGEST_REST = 8
+"""Steps a sequence is not asked about after guesses of no use: asking takes time, too."""
 
 
 @dataclass(slots=True)
@@ -38,6 +41,21 @@ class Guess:
     draft: Draft = NO_DRAFT
     proposer: int = -1
     num_computed: int = 0
+
+
+@dataclass(slots=True)
+class Rest:
+    """A sequence whose guesses were of no use is asked about less and less often."""
+
+    steps: int = 0
+    next: int = 1
+
+    def is_over(self) -> bool:
+        self.steps -= 1
+        return self.steps < 0
+
+    def begin(self) -> None:
+        self.steps, self.next = self.next, min(2 * self.next, _LONGEST_REST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +83,8 @@ def choose_lengths(chains: Sequence_[Chain], num_tokens: int, cost: Callable[[li
     lengths = [0] * len(chains)
     best, best_rate, expected = list(lengths), _WORTHWHILE * num_tokens / cost(lengths), float(num_tokens)
     for gain, _, index in sorted(places, reverse=True):
+        if gain < _LEAST_GAIN:
+            break
         lengths[index] += 1
         expected += gain
         rate = expected / cost(lengths)
@@ -89,6 +109,7 @@ class Speculation:
     counts: dict[str, PositionCounts] = field(default_factory=dict)
     _acceptance: list[Acceptance] = field(default_factory=list)
     _guesses: dict[Sequence, Guess] = field(default_factory=dict)
+    _rests: dict[Sequence, Rest] = field(default_factory=dict)
     _payable: dict[tuple[int, int, int], bool] = field(default_factory=dict)
     _num_cores: int = 0
 
@@ -131,6 +152,10 @@ class Speculation:
         guess = self._guesses.get(item.sequence)
         if guess is None:
             return
+        if guess.num_computed or guess.draft.tokens[0] == sampled[0]:
+            self._rests.pop(item.sequence, None)
+        else:
+            self._rests.setdefault(item.sequence, Rest()).begin()
         acceptance, counts = self._acceptance[guess.proposer], self.counts[self.proposers[guess.proposer].name]
         pairs = zip(guess.draft.tokens, guess.draft.confidences, sampled, strict=False)
         for place, (token, confidence, actual) in enumerate(pairs):
@@ -145,6 +170,7 @@ class Speculation:
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence has ended. May be repeated."""
+        self._rests.pop(sequence, None)
         for proposer, acceptance in zip(self.proposers, self._acceptance, strict=True):
             proposer.forget(sequence)
             acceptance.forget(sequence)
@@ -153,6 +179,9 @@ class Speculation:
         """Guesses that could be of use: none where no single choice is sampled, none beyond the last token."""
         sequence = item.sequence
         if item.num_tokens != 1 or sequence.hold or len(sequence.choices) != 1 or sequence.wants_prompt_logprobs:
+            return 0
+        rest = self._rests.get(sequence)
+        if rest is not None and not rest.is_over():
             return 0
         return min(self.max_draft_tokens, sequence.params.max_tokens - sequence.num_output - 1)
 
@@ -165,6 +194,9 @@ class Speculation:
             for ask, draft in zip(open_asks, proposer.propose(open_asks), strict=True):
                 if draft.tokens:
                     self._guesses[ask.sequence] = Guess(draft, index)
+        for ask in asks:
+            if ask.sequence not in self._guesses:
+                self._rests.setdefault(ask.sequence, Rest()).begin()
 
     def _affordable(self, index: int, asks: list[Ask], num_rows: int) -> list[Ask]:
         """What to ask of a proposer whose guesses cost time: only as many as are expected to pay for that too."""
