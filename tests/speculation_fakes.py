@@ -11,7 +11,18 @@ from shared.engine.speculation import Speculation
 from shared.engine.step_costs import StepCosts
 from tests.engine_fakes import VOCAB, expected_tokens
 
-FREE_ROWS = StepCosts([1, 1000], [1.0, 1.0 + 1e-9])
+
+class FixedCosts(StepCosts):
+    """What a test says steps cost, whatever they take."""
+
+    def observe_step(self, num_rows: int, seconds: float) -> None:
+        pass
+
+    def observe_beside(self, seconds: float) -> None:
+        pass
+
+
+FREE_ROWS = FixedCosts([1, 1000], [1.0, 1.0 + 1e-9])
 """Rows cost nothing beside the step, so that all guesses are computed."""
 
 

@@ -240,10 +240,14 @@ class Engine:
 
     def _run(self, plan: list[Scheduled]) -> StepResult:
         step, draws = build_step(plan, self._block_size), plan_draws(plan)
-        if self._speculation is not None and self._ran_until:
-            self._speculation.observe_beside(time.perf_counter() - self._ran_until)
+        began = time.perf_counter()
         result = self._runner.run(step, draws)
-        self._ran_until = time.perf_counter()
+        ended = time.perf_counter()
+        if self._speculation is not None:
+            self._speculation.observe_step(plan, ended - began)
+            if self._ran_until:
+                self._speculation.observe_beside(began - self._ran_until)
+        self._ran_until = ended
         return result
 
     def _commit_one(self, item: Scheduled, logits: F32, drawn: list[int]) -> Output:

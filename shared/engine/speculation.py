@@ -147,6 +147,11 @@ class Speculation:
         for costs in self.tables.values():
             costs.observe_beside(seconds)
 
+    def observe_step(self, plan: Sequence_[Scheduled], seconds: float) -> None:
+        """A planned step took so long in the model; prompts' rows cost less than sampled ones and teach nothing."""
+        if self._num_cores and all(item.num_tokens == 1 for item in plan):
+            self.costs.observe_step(sum(item.num_rows for item in plan), seconds)
+
     def learn(self, item: Scheduled, sampled: Sequence_[int]) -> None:
         """Compare a sequence's guess with the tokens that were sampled in its place."""
         guess = self._guesses.get(item.sequence)

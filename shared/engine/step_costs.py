@@ -6,31 +6,57 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 _MEMORY = 0.95
-_OUTLIER = 3.0
-"""A step so many times its estimate was disturbed from outside and teaches nothing."""
+_OUTLIER = 2.5
+"""A step so many times its estimate was disturbed from outside and teaches little."""
+
+_OWN_WEIGHT = 8.0
+"""So many steps of one size outweigh what steps of all sizes tell about it."""
+
+
+class _Ratio:
+    """Observed over estimated seconds, the latest counting most."""
+
+    def __init__(self) -> None:
+        self.value = 1.0
+        self.weight = 0.0
+
+    def observe(self, ratio: float) -> None:
+        self.weight = min(self.weight * _MEMORY + 1.0, 1.0 / (1.0 - _MEMORY))
+        self.value += (ratio - self.value) / self.weight
 
 
 class StepCosts:
     """Seconds of a step of `rows[i]` rows; between two of them linear, beyond the last in proportion.
 
-    `beside` is what a step takes outside the model, as observed, paid once whatever number of tokens comes of it.
+    Contexts grow and other work shares the machine, so what steps take is compared with the table: by size, and for
+    sizes that were hardly seen by all sizes. `beside` is what a step takes outside the model, as observed, paid once
+    whatever number of tokens comes of it.
     """
 
     def __init__(self, rows: Sequence[int], seconds: Sequence[float]) -> None:
         self._rows = list(rows)
         self._seconds = _rising(seconds)
+        self._all = _Ratio()
+        self._own: dict[int, _Ratio] = {}
         self.beside = 0.0
-        self._table: list[float] = []
 
     def step(self, num_rows: int) -> float:
         """Estimated seconds of a step of `num_rows` ≥ 1 rows in the model."""
-        if num_rows < len(self._table):
-            return self._table[num_rows]
-        return self._interpolate(num_rows)
+        own = self._own.get(num_rows)
+        if own is None:
+            return self._measured(num_rows) * self._all.value
+        share = own.weight / (own.weight + _OWN_WEIGHT)
+        return self._measured(num_rows) * (share * own.value + (1 - share) * self._all.value)
 
     def whole(self, num_rows: int) -> float:
         """The same with what comes beside the model."""
         return self.step(num_rows) + self.beside
+
+    def observe_step(self, num_rows: int, seconds: float) -> None:
+        """A step of so many rows, all of them sampled, took this long in the model."""
+        ratio = min(seconds / self._measured(num_rows), _OUTLIER * self._all.value)
+        self._all.observe(ratio)
+        self._own.setdefault(num_rows, _Ratio()).observe(ratio)
 
     def observe_beside(self, seconds: float) -> None:
         """The time between the end of one step in the model and the beginning of the next one."""
@@ -38,13 +64,13 @@ class StepCosts:
             return
         self.beside = self.beside * _MEMORY + seconds * (1 - _MEMORY) if self.beside else seconds
 
-    def _interpolate(self, num_rows: int) -> float:
+    def _measured(self, num_rows: int) -> float:
         rows, seconds = self._rows, self._seconds
         at = bisect_left(rows, num_rows)
         if at == len(rows):
             return seconds[-1] * num_rows / rows[-1]
-        if at == 0:
-            return seconds[0]
+        if at == 0 or rows[at] == num_rows:
+            return seconds[at]
         share = (num_rows - rows[at - 1]) / (rows[at] - rows[at - 1])
         return seconds[at - 1] + share * (seconds[at] - seconds[at - 1])
 

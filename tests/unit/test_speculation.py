@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from shared.engine.sequence import Sequence
 from shared.engine.speculation import Chain, Speculation, choose_lengths
-from shared.engine.step_costs import StepCosts
 from tests.engine_fakes import VOCAB, expected_tokens, make_engine, make_sequence, output_of, run_to_end
-from tests.speculation_fakes import FREE_ROWS, Oracle, always
+from tests.speculation_fakes import FREE_ROWS, FixedCosts, Oracle, always
 
 PROMPTS = [[1, 2, 3], [9], list(range(20)), [4, 4, 4, 4, 4, 4, 4], [7, 8], list(range(11, 40))]
 PARAMS: dict[str, dict[str, Any]] = {
@@ -124,7 +123,7 @@ def test_a_step_with_drafts_keeps_to_its_rows() -> None:
 
 
 def test_no_guess_is_computed_where_rows_cost_what_steps_do() -> None:
-    speculation = Speculation((Oracle(0.0),), {1: StepCosts([1, 64], [1.0, 64.0])}, max_rows=512)
+    speculation = Speculation((Oracle(0.0),), {1: FixedCosts([1, 64], [1.0, 64.0])}, max_rows=512)
     engine, _ = make_engine(speculation=speculation)
     sequence = make_sequence([1, 2, 3], max_tokens=10)
     engine.add(sequence)
@@ -135,7 +134,7 @@ def test_no_guess_is_computed_where_rows_cost_what_steps_do() -> None:
 
 
 def test_wrong_guesses_are_soon_not_computed_any_more_and_right_ones_come_back() -> None:
-    costs = StepCosts([1, 2, 3, 4, 5], [1.0, 1.4, 1.8, 2.2, 2.6])
+    costs = FixedCosts([1, 2, 3, 4, 5], [1.0, 1.4, 1.8, 2.2, 2.6])
     oracle = Oracle(1.0)
     speculation = Speculation((oracle,), {1: costs}, max_rows=512)
     engine, _ = make_engine(num_blocks=200, speculation=speculation)

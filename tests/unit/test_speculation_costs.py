@@ -1,0 +1,105 @@
+"""What guesses are worth and what steps cost, as learned: from figures that are known here."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from shared.engine.acceptance import Acceptance
+from shared.engine.speculation import Speculation
+from shared.engine.step_costs import StepCosts
+from tests.engine_fakes import make_engine, make_sequence, run_to_end
+from tests.speculation_fakes import Oracle
+
+
+def test_rates_are_learned_by_confidence() -> None:
+    rng, acceptance = random.Random(1), Acceptance()
+    for index in range(3000):
+        confidence = rng.choice([0.2, 0.8])
+        rate = 0.6 if confidence == 0.2 else 0.3  # the unsure guesses are the better ones here
+        acceptance.observe(index, confidence, is_right=rng.random() < rate)
+        acceptance.forget(index)
+    assert acceptance.chance("new", 0.2) == pytest.approx(0.6, abs=0.12)
+    assert acceptance.chance("new", 0.8) == pytest.approx(0.3, abs=0.12)
+
+
+def test_a_request_of_its_own_kind_is_told_apart_and_forgotten() -> None:
+    rng, acceptance = random.Random(2), Acceptance()
+    for _ in range(400):
+        acceptance.observe("lucky", 0.5, is_right=rng.random() < 0.9)
+        acceptance.observe("unlucky", 0.5, is_right=rng.random() < 0.1)
+    lucky, unlucky = acceptance.chance("lucky", 0.5), acceptance.chance("unlucky", 0.5)
+    assert lucky > 0.75
+    assert unlucky < 0.25
+    acceptance.forget("lucky")
+    acceptance.forget("unlucky")
+    assert unlucky < acceptance.chance("lucky", 0.5) == acceptance.chance("unlucky", 0.5) < lucky
+
+
+def test_nothing_is_ever_certain() -> None:
+    acceptance = Acceptance()
+    for _ in range(1000):
+        acceptance.observe("r", 1.0, is_right=True)
+    assert acceptance.chance("r", 1.0) < 1.0
+    assert acceptance.typical("r") < 1.0
+
+
+def test_costs_between_measured_sizes_and_beyond() -> None:
+    costs = StepCosts([1, 2, 4], [1.0, 2.0, 3.0])
+    assert [costs.step(rows) for rows in (1, 2, 3, 4, 8)] == [1.0, 2.0, 2.5, 3.0, 6.0]
+
+
+def test_a_disturbed_measurement_does_not_make_more_rows_cheaper() -> None:
+    costs = StepCosts([1, 2, 4], [5.0, 2.0, 3.0])
+    assert [costs.step(rows) for rows in (1, 2, 4)] == [2.0, 2.0, 3.0]
+
+
+def test_a_slower_machine_moves_all_sizes_and_one_wrong_size_is_mended() -> None:
+    costs = StepCosts([1, 2, 4], [1.0, 2.0, 4.0])
+    for _ in range(100):
+        costs.observe_step(1, 2.0)
+    assert costs.step(4) == pytest.approx(8.0, rel=0.01)
+    for _ in range(100):
+        costs.observe_step(1, 2.0)
+        costs.observe_step(2, 2.4)
+    assert costs.step(2) / costs.step(1) == pytest.approx(1.2, rel=0.2)
+
+
+def test_what_comes_beside_the_model_is_paid_once() -> None:
+    costs = StepCosts([1, 2], [1.0, 1.5])
+    for _ in range(50):
+        costs.observe_beside(0.5)
+    costs.observe_beside(60.0)  # a pause between requests
+    assert costs.whole(2) == pytest.approx(2.0)
+
+
+def test_an_engine_measures_its_steps_while_it_has_nothing_to_do() -> None:
+    speculation = Speculation((Oracle(0.0),), {}, max_rows=64)
+    engine, model = make_engine(num_blocks=200, max_num_batched_tokens=64, speculation=speculation)
+    sequence = make_sequence([1, 2, 3])
+    engine.add(sequence)
+    run_to_end(engine)
+    assert sum(speculation.counts["oracle"].drafted) == 0, "nothing is known yet"
+    turns = 0
+    while engine.calibrate():
+        engine.check_integrity()
+        turns += 1
+    assert list(speculation.tables) == [1]
+    assert turns > 10
+    assert model.rows_run > 64
+    assert engine.blocks.num_free == engine.blocks.num_usable
+    steps = [speculation.tables[1].step(rows) for rows in (1, 8, 64)]
+    assert 0 < steps[0] <= steps[1] <= steps[2]
+
+
+def test_a_full_cache_puts_measuring_off() -> None:
+    speculation = Speculation((Oracle(0.0),), {}, max_rows=64)
+    engine, model = make_engine(num_blocks=60, speculation=speculation)
+    taken = engine.blocks.allocate(engine.blocks.num_free)
+    for _ in range(5):
+        assert engine.calibrate()
+    assert model.rows_run == 0
+    engine.blocks.release(taken)
+    engine.calibrate()
+    assert model.rows_run > 0
