@@ -29,7 +29,7 @@ BLOCK_SIZE = 4
 @cache
 def logits_for(context: tuple[int, ...]) -> np.ndarray:
     """The fake model's float32 logits after `context`."""
-    return np.random.default_rng(list(context)).standard_normal(VOCAB).astype(np.float32) * 2
+    return np.random.default_rng([token + 1 for token in context]).standard_normal(VOCAB).astype(np.float32) * 2
 
 
 class ContextModel:
