@@ -14,12 +14,13 @@ namespace SL_NS {
 constexpr int SPLIT = 128;
 constexpr int MAX_QUERY_ROWS = 32;
 
+// Rows that are computed together, and up to how many the registers hold sums of 64 dimensions at once.
 #if SL_LEVEL == 2
-constexpr int ROW_CHUNK = 8;
+constexpr int ROW_CHUNK = 8, MAX_WIDE_ROWS = 5;
 #elif SL_LEVEL == 1
-constexpr int ROW_CHUNK = 4;
+constexpr int ROW_CHUNK = 4, MAX_WIDE_ROWS = 1;
 #else
-constexpr int ROW_CHUNK = 4;
+constexpr int ROW_CHUNK = 4, MAX_WIDE_ROWS = 1;
 #endif
 
 struct KvView {
@@ -133,27 +134,31 @@ inline void score_rows(const KvView& kv, const int32_t* table, const int64_t* va
     }
 }
 
-// Weighted sums of values for R rows; weights are [row][SPLIT].
-template <int KV, int R>
-inline void weigh(const KvView& kv, const int64_t* place, int count, const float* weights, float* acc) {
-    for (int d = 0; d < kv.head_dim; d += 2 * LANES) {
-        bool both = d + LANES < kv.head_dim;
-        int64_t second = both ? LANES : 0;
-        F16 low[R], high[R];
-        for (int r = 0; r < R; r++) low[r] = high[r] = f_set(0.0f);
-        for (int key = 0; key < count; key++) {
-            F16 a = kv_load<KV>(kv.v, place[key] + d), b = kv_load<KV>(kv.v, place[key] + d + second);
-            for (int r = 0; r < R; r++) {
-                F16 weight = f_set(weights[r * SPLIT + key]);
-                low[r] = f_fma(a, weight, low[r]);
-                high[r] = f_fma(b, weight, high[r]);
-            }
-        }
+// Weighted sums of VECTORS * 16 dimensions of values from `d` on for R rows; weights are [row][SPLIT].
+template <int KV, int R, int VECTORS>
+inline void weigh_dims(const KvView& kv, const int64_t* place, int count, const float* weights, int d, float* acc) {
+    F16 sum[R][VECTORS];
+    for (int r = 0; r < R; r++)
+        for (int n = 0; n < VECTORS; n++) sum[r][n] = f_set(0.0f);
+    for (int key = 0; key < count; key++) {
+        F16 value[VECTORS];
+        for (int n = 0; n < VECTORS; n++) value[n] = kv_load<KV>(kv.v, place[key] + d + LANES * n);
         for (int r = 0; r < R; r++) {
-            f_store(acc + r * kv.head_dim + d, low[r]);
-            if (both) f_store(acc + r * kv.head_dim + d + LANES, high[r]);
+            F16 weight = f_set(weights[r * SPLIT + key]);
+            for (int n = 0; n < VECTORS; n++) sum[r][n] = f_fma(value[n], weight, sum[r][n]);
         }
     }
+    for (int r = 0; r < R; r++)
+        for (int n = 0; n < VECTORS; n++) f_store(acc + r * kv.head_dim + d + LANES * n, sum[r][n]);
+}
+
+// Weighted sums of values for R rows, as many dimensions at a time as there are registers for.
+template <int KV, int R>
+inline void weigh(const KvView& kv, const int64_t* place, int count, const float* weights, float* acc) {
+    constexpr int WIDE = R <= MAX_WIDE_ROWS ? 4 : 2;
+    int d = 0;
+    for (; d + WIDE * LANES <= kv.head_dim; d += WIDE * LANES) weigh_dims<KV, R, WIDE>(kv, place, count, weights, d, acc);
+    for (; d < kv.head_dim; d += LANES) weigh_dims<KV, R, 1>(kv, place, count, weights, d, acc);
 }
 
 // Softmax weights of one row in place; keys the row may not see weigh nothing. Returns through top and total.
