@@ -148,13 +148,22 @@ def dequantise(matrix: Matrix) -> F32:
     return values.reshape(matrix.num_out, matrix.num_in)
 
 
-def pack(matrix: Matrix) -> U8:
-    """The bytes the kernels read, 64-byte aligned; outputs and inputs are padded to whole tiles and blocks."""
+def aligned_memory(num_bytes: int) -> U8:
+    """A 64-byte aligned array of its own."""
+    memory = np.empty(num_bytes + _ALIGNMENT, dtype=np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + num_bytes]
+
+
+def pack(matrix: Matrix, take: Callable[[int], U8] = aligned_memory) -> U8:
+    """The bytes the kernels read, in memory that `take` gives; outputs and inputs padded to whole tiles and blocks."""
     matrix = matrix.padded(-(-matrix.num_out // TILE) * TILE, -(-matrix.num_in // INPUT_PAD) * INPUT_PAD)
     fmt, tiles = FORMATS[matrix.kind], matrix.num_out // TILE
     if fmt.bits == 0:
         by_input = matrix.quants.reshape(tiles, TILE, matrix.num_in).transpose(0, 2, 1)
-        return _aligned(by_input)
+        out = take(by_input.size * by_input.itemsize)
+        out.view(by_input.dtype).reshape(by_input.shape)[...] = by_input
+        return out
     blocks = matrix.num_in // fmt.inputs
     per_row = fmt.inputs * fmt.bits // 8
     quants = matrix.quants.reshape(tiles, TILE, blocks, per_row // 4, 4).transpose(0, 2, 3, 1, 4)
@@ -162,7 +171,7 @@ def pack(matrix: Matrix) -> U8:
         _by_block(part, tiles, fmt) for part in (matrix.scales, matrix.minima)[: 1 + fmt.has_min] if part is not None
     ]
     head = sum(part.shape[-1] for part in parts)
-    out = _empty(tiles * blocks * (head + TILE * per_row)).reshape(tiles, blocks, -1)
+    out = take(tiles * blocks * (head + TILE * per_row)).reshape(tiles, blocks, -1)
     for index, part in enumerate(parts):
         out[..., index * part.shape[-1] : (index + 1) * part.shape[-1]] = part
     out[..., head:].reshape(tiles, blocks, per_row // 4, TILE, 4)[...] = quants
@@ -172,15 +181,3 @@ def pack(matrix: Matrix) -> U8:
 def _by_block(values: Array, tiles: int, fmt: Format) -> U8:
     ordered: Array = values.astype(fmt.scale).reshape(tiles, TILE, -1).transpose(0, 2, 1)
     return np.ascontiguousarray(ordered).view(np.uint8)
-
-
-def _empty(num_bytes: int) -> U8:
-    memory = np.empty(num_bytes + _ALIGNMENT, dtype=np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + num_bytes]
-
-
-def _aligned(array: Array) -> U8:
-    out = _empty(array.size * array.itemsize)
-    out.view(array.dtype).reshape(array.shape)[...] = array
-    return out

@@ -27,13 +27,12 @@ class WeightMemory:
     def __init__(self) -> None:
         self._free: U8 = np.empty(0, dtype=np.uint8)
 
-    def hold(self, packed: U8) -> U8:
-        """A copy of `packed`, 64-byte aligned, right behind the last one."""
-        room = -(-packed.size // _LINE) * _LINE
+    def take(self, num_bytes: int) -> U8:
+        """Memory for `num_bytes`, 64-byte aligned, right behind the last piece."""
+        room = -(-num_bytes // _LINE) * _LINE
         if room > self._free.size:
             self._free = _chunk(max(CHUNK, room))
-        piece, self._free = self._free[: packed.size], self._free[room:]
-        piece[:] = packed
+        piece, self._free = self._free[:num_bytes], self._free[room:]
         return piece
 
 

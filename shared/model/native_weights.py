@@ -185,7 +185,7 @@ class NativeLoader:
         return self._keep(weight[rotary_order(self._config, self._names)])
 
     def _place(self, matrix: Matrix, bias: F32 | None = None) -> CMatrix:
-        packed = self._large_pages.hold(pack(matrix))
+        packed = pack(matrix, self._large_pages.take)
         self._memory.append(packed)
         num_out, num_in = -(-matrix.num_out // TILE) * TILE, -(-matrix.num_in // INPUT_PAD) * INPUT_PAD
         at = None if bias is None else self._keep(np.pad(bias, (0, num_out - len(bias))))

@@ -130,3 +130,18 @@ def test_quantisation_errs_by_at_most_half_a_level(quantise, levels: float) -> N
 def test_dense_values_are_kept() -> None:
     values = np.random.default_rng(3).standard_normal((5, 7)).astype(np.float32)
     np.testing.assert_array_equal(dequantise(dense(values)), values)
+
+
+@pytest.mark.parametrize(
+    "matrix", [dense(np.eye(20, 40, dtype=np.float32)), quantise_4bit(np.eye(20, 64, dtype=np.float32))]
+)
+def test_packed_bytes_lie_in_the_memory_that_was_given(matrix: Matrix) -> None:
+    given: list[npt.NDArray[np.uint8]] = []
+
+    def take(num_bytes: int) -> npt.NDArray[np.uint8]:
+        given.append(np.zeros(num_bytes, dtype=np.uint8))
+        return given[-1]
+
+    packed = pack(matrix, take)
+    assert [packed.ctypes.data] == [memory.ctypes.data for memory in given]
+    np.testing.assert_array_equal(packed, pack(matrix))

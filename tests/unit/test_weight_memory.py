@@ -15,9 +15,15 @@ def bytes_of(size: int) -> np.ndarray:
     return np.random.default_rng(size).integers(0, 256, size).astype(np.uint8)
 
 
+def hold(memory: WeightMemory, content: np.ndarray) -> np.ndarray:
+    piece = memory.take(content.size)
+    piece[:] = content
+    return piece
+
+
 def test_pieces_follow_each_other_on_cache_lines_and_keep_their_bytes() -> None:
     memory, sizes = WeightMemory(), [1, 64, 100, 4097, 0, 7]
-    pieces = [memory.hold(bytes_of(size)) for size in sizes]
+    pieces = [hold(memory, bytes_of(size)) for size in sizes]
     starts = [piece.ctypes.data for piece in pieces]
     assert starts[0] % LARGE_PAGE == 0
     assert np.diff(starts).tolist() == [-(-size // 64) * 64 for size in sizes[:-1]]
@@ -29,8 +35,8 @@ def test_pieces_follow_each_other_on_cache_lines_and_keep_their_bytes() -> None:
 
 def test_what_does_not_fit_starts_a_chunk_and_may_be_larger_than_one() -> None:
     memory = WeightMemory()
-    small, large = memory.hold(bytes_of(10)), memory.hold(np.full(CHUNK + 1, 3, dtype=np.uint8))
-    after = memory.hold(bytes_of(20))
+    small, large = hold(memory, bytes_of(10)), hold(memory, np.full(CHUNK + 1, 3, dtype=np.uint8))
+    after = hold(memory, bytes_of(20))
     assert large.size == CHUNK + 1
     assert (large == 3).all()
     np.testing.assert_array_equal(small, bytes_of(10))
@@ -44,7 +50,7 @@ def test_what_does_not_fit_starts_a_chunk_and_may_be_larger_than_one() -> None:
     reason="this system has no large pages",
 )
 def test_the_system_is_asked_for_large_pages() -> None:
-    piece = WeightMemory().hold(bytes_of(LARGE_PAGE))
+    piece = hold(WeightMemory(), bytes_of(LARGE_PAGE))
     assert "hg" in flags_at(piece.ctypes.data)
 
 

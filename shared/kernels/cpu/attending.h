@@ -76,9 +76,8 @@ class Attending {
             turn(queries + r * hd, (int)head, token);
             positions[r] = s_.positions[token];
         }
-        QueryTile tile{queries, positions, rows, m_.sliding_window};
+        QueryTile tile{queries, positions, rows, m_.sliding_window, positions[rows - 1] + 1};
         const int32_t* table = s_.block_tables + (int64_t)item.seq * s_.table_width;
-        int last = positions[rows - 1];
         float result[MAX_QUERY_ROWS * MAX_HEAD_DIM], result_top[MAX_QUERY_ROWS], result_total[MAX_QUERY_ROWS];
         for (int split = item.first_split; split < item.end_split; split++) {
             Partial partial{acc, tops, totals};
@@ -88,7 +87,7 @@ class Attending {
             } else if (split == item.first_split) {
                 partial = Partial{result, result_top, result_total};
             }
-            attend_split<KV>(kv, table, split, last, tile, partial);
+            attend_split<KV>(kv, table, split, tile, partial);
             if (item.partial >= 0 || split == item.first_split) continue;
             for (int r = 0; r < rows; r++)
                 merge_row(acc + r * hd, tops[r], totals[r], result + r * hd, result_top + r, result_total + r, hd);

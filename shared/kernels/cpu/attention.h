@@ -14,12 +14,13 @@ namespace SL_NS {
 constexpr int SPLIT = 128;
 constexpr int MAX_QUERY_ROWS = 32;
 
+// Rows that are computed together, and up to how many the registers hold sums of 64 dimensions at once.
 #if SL_LEVEL == 2
-constexpr int ROW_CHUNK = 8;
+constexpr int ROW_CHUNK = 8, MAX_WIDE_ROWS = 5;
 #elif SL_LEVEL == 1
-constexpr int ROW_CHUNK = 4;
+constexpr int ROW_CHUNK = 4, MAX_WIDE_ROWS = 1;
 #else
-constexpr int ROW_CHUNK = 4;
+constexpr int ROW_CHUNK = 4, MAX_WIDE_ROWS = 1;
 #endif
 
 struct KvView {
@@ -35,6 +36,7 @@ struct QueryTile {
     const int32_t* position;  // of each row
     int rows;
     int window;  // 0: none
+    int end;  // behind the largest position
 };
 
 struct Partial {
@@ -42,6 +44,22 @@ struct Partial {
     float* top;   // [rows]
     float* total;  // [rows]
 };
+
+// Where 16 neighbouring keys lie in `k`, and what is fetched while they are scored.
+struct KeyPlace {
+    int64_t keys;
+    int64_t next;    // of the keys that are scored after them
+    int64_t values;  // theirs in `v`, read when all keys of the split have been scored
+    int column;      // of the first one's score
+};
+
+constexpr int kv_bytes(int kv) { return kv == SL_KV_F32 ? 4 : kv == SL_KV_BF16 ? 2 : 1; }
+
+// Into the second cache: the first is too small for a split, and what is in use there would have to go.
+template <int KV>
+inline void kv_fetch(const void* base, int64_t at) {
+    __builtin_prefetch((const char*)base + at * kv_bytes(KV), 0, 2);
+}
 
 template <int KV>
 inline F16 kv_load(const void* base, int64_t at) {
@@ -68,64 +86,79 @@ inline float value_scale(const KvView& kv, int64_t place) {
     return scale;
 }
 
-// Dot products of R rows with 16 keys for each of KEYS places; out is [row][score column].
+// Dot products of R rows with the keys of KEYS places; out is [row][score column]. Blocks lie scattered in memory, so the
+// processor does not guess what comes next: the line at the same distance into it is asked for beside each line that is read.
 template <int KV, int R, int KEYS>
-inline void score(const KvView& kv, const int64_t* place, const float* q, float* out, const int* column) {
+inline void score(const KvView& kv, const KeyPlace* place, const float* q, float* out) {
+    constexpr int LINE = 64 / (LANES * kv_bytes(KV));  // rows of 16 keys in a line of the cache
     F16 acc[R][KEYS];
     for (int r = 0; r < R; r++)
         for (int n = 0; n < KEYS; n++) acc[r][n] = f_set(0.0f);
-    for (int d = 0; d < kv.head_dim; d++)
+    for (int line = 0; line < kv.head_dim; line += LINE) {
         for (int n = 0; n < KEYS; n++) {
-            F16 key = kv_load<KV>(kv.k, place[n] + (int64_t)d * kv.block_size);
-            for (int r = 0; r < R; r++) acc[r][n] = f_fma(key, f_set(q[r * kv.head_dim + d]), acc[r][n]);
+            kv_fetch<KV>(kv.k, place[n].next + (int64_t)line * kv.block_size);
+            kv_fetch<KV>(kv.v, place[n].values + (int64_t)line * LANES);
         }
+        for (int d = line; d < line + LINE; d++)
+            for (int n = 0; n < KEYS; n++) {
+                F16 key = kv_load<KV>(kv.k, place[n].keys + (int64_t)d * kv.block_size);
+                for (int r = 0; r < R; r++) acc[r][n] = f_fma(key, f_set(q[r * kv.head_dim + d]), acc[r][n]);
+            }
+    }
     if (KV == SL_KV_INT8)
         for (int n = 0; n < KEYS; n++) {
-            F16 scales = key_scales(kv, place[n]);
+            F16 scales = key_scales(kv, place[n].keys);
             for (int r = 0; r < R; r++) acc[r][n] = acc[r][n] * scales;
         }
     for (int r = 0; r < R; r++)
-        for (int n = 0; n < KEYS; n++) f_store(out + r * SPLIT + column[n], acc[r][n]);
+        for (int n = 0; n < KEYS; n++) f_store(out + r * SPLIT + place[n].column, acc[r][n]);
 }
 
+// Scores of R rows with keys [first, first + count); `values` are the places of their values.
 template <int KV, int R>
-inline void score_rows(const KvView& kv, const int32_t* table, int first, int count, const float* q, float* out) {
+inline void score_rows(const KvView& kv, const int32_t* table, const int64_t* values, int first, int count, int end,
+                       const float* q, float* out) {
+    auto keys = [&](int at) { return (int64_t)table[at / kv.block_size] * kv.block_stride + at % kv.block_size; };
     auto place = [&](int key) {
-        return (int64_t)table[key / kv.block_size] * kv.block_stride + key % kv.block_size;
+        int at = first + key, next = at + 2 * LANES;
+        return KeyPlace{keys(at), keys(next < end ? next : at), values[key], key};
     };
     int key = 0;
-    for (; key + 32 <= count; key += 32) {
-        int64_t places[2] = {place(first + key), place(first + key + 16)};
-        int columns[2] = {key, key + 16};
-        score<KV, R, 2>(kv, places, q, out, columns);
+    for (; key + 2 * LANES <= count; key += 2 * LANES) {
+        KeyPlace both[2] = {place(key), place(key + LANES)};
+        score<KV, R, 2>(kv, both, q, out);
     }
     if (key < count) {
-        int64_t at = place(first + key);
-        score<KV, R, 1>(kv, &at, q, out, &key);
+        KeyPlace one = place(key);
+        score<KV, R, 1>(kv, &one, q, out);
     }
 }
 
-// Weighted sums of values for R rows; weights are [row][SPLIT].
-template <int KV, int R>
-inline void weigh(const KvView& kv, const int64_t* place, int count, const float* weights, float* acc) {
-    for (int d = 0; d < kv.head_dim; d += 2 * LANES) {
-        bool both = d + LANES < kv.head_dim;
-        int64_t second = both ? LANES : 0;
-        F16 low[R], high[R];
-        for (int r = 0; r < R; r++) low[r] = high[r] = f_set(0.0f);
-        for (int key = 0; key < count; key++) {
-            F16 a = kv_load<KV>(kv.v, place[key] + d), b = kv_load<KV>(kv.v, place[key] + d + second);
-            for (int r = 0; r < R; r++) {
-                F16 weight = f_set(weights[r * SPLIT + key]);
-                low[r] = f_fma(a, weight, low[r]);
-                high[r] = f_fma(b, weight, high[r]);
-            }
-        }
+// Weighted sums of VECTORS * 16 dimensions of values from `d` on for R rows; weights are [row][SPLIT].
+template <int KV, int R, int VECTORS>
+inline void weigh_dims(const KvView& kv, const int64_t* place, int count, const float* weights, int d, float* acc) {
+    F16 sum[R][VECTORS];
+    for (int r = 0; r < R; r++)
+        for (int n = 0; n < VECTORS; n++) sum[r][n] = f_set(0.0f);
+    for (int key = 0; key < count; key++) {
+        F16 value[VECTORS];
+        for (int n = 0; n < VECTORS; n++) value[n] = kv_load<KV>(kv.v, place[key] + d + LANES * n);
         for (int r = 0; r < R; r++) {
-            f_store(acc + r * kv.head_dim + d, low[r]);
-            if (both) f_store(acc + r * kv.head_dim + d + LANES, high[r]);
+            F16 weight = f_set(weights[r * SPLIT + key]);
+            for (int n = 0; n < VECTORS; n++) sum[r][n] = f_fma(value[n], weight, sum[r][n]);
         }
     }
+    for (int r = 0; r < R; r++)
+        for (int n = 0; n < VECTORS; n++) f_store(acc + r * kv.head_dim + d + LANES * n, sum[r][n]);
+}
+
+// Weighted sums of values for R rows, as many dimensions at a time as there are registers for.
+template <int KV, int R>
+inline void weigh(const KvView& kv, const int64_t* place, int count, const float* weights, float* acc) {
+    constexpr int WIDE = R <= MAX_WIDE_ROWS ? 4 : 2;
+    int d = 0;
+    for (; d + WIDE * LANES <= kv.head_dim; d += WIDE * LANES) weigh_dims<KV, R, WIDE>(kv, place, count, weights, d, acc);
+    for (; d < kv.head_dim; d += LANES) weigh_dims<KV, R, 1>(kv, place, count, weights, d, acc);
 }
 
 // Softmax weights of one row in place; keys the row may not see weigh nothing. Returns through top and total.
@@ -150,7 +183,7 @@ template <int KV, int R>
 inline void split_rows(const KvView& kv, const int32_t* table, const int64_t* place, int first, int count,
                        const QueryTile& tile, int row, const Partial& out) {
     alignas(64) float scores[R * SPLIT];
-    score_rows<KV, R>(kv, table, first, count, tile.queries + row * kv.head_dim, scores);
+    score_rows<KV, R>(kv, table, place, first, count, tile.end, tile.queries + row * kv.head_dim, scores);
     for (int r = 0; r < R; r++)
         soften(scores + r * SPLIT, first, count, tile.position[row + r], tile.window, out.top + row + r, out.total + row + r);
     if (KV == SL_KV_INT8)
@@ -161,11 +194,11 @@ inline void split_rows(const KvView& kv, const int32_t* table, const int64_t* pl
     weigh<KV, R>(kv, place, count, scores, out.acc + row * kv.head_dim);
 }
 
-// Partial results of all rows over split number `split`; `last` is the largest position among the rows.
+// Partial results of all rows over split number `split`.
 template <int KV>
-inline void attend_split(const KvView& kv, const int32_t* table, int split, int last, const QueryTile& tile, const Partial& out) {
+inline void attend_split(const KvView& kv, const int32_t* table, int split, const QueryTile& tile, const Partial& out) {
     int first = split * SPLIT;
-    int count = last + 1 - first;
+    int count = tile.end - first;
     count = count > SPLIT ? SPLIT : (count + LANES - 1) / LANES * LANES;
     int64_t place[SPLIT];
     for (int key = 0; key < count; key++) {

@@ -10,6 +10,11 @@ namespace SL_NS {
 
 constexpr int MAX_TOKENS = 8;  // rows a tile is computed for at once
 
+// With this many rows a tile takes longer to compute than to read, and the processor's own look-ahead, which ends with each
+// page, does not keep up. With fewer it is memory that limits, and asking early only costs.
+constexpr int FETCH_ROWS = 4;
+constexpr int FETCH_AHEAD = 5 << 10;  // bytes
+
 // Keeps the compiler from moving loads and regrouping sums over this line. Left alone it loads everything first and adds
 // in trees, runs out of registers and spends most of its time storing and loading: half the speed.
 #define SL_HOLD_LOADS() __asm__ volatile("" ::: "memory")
@@ -169,6 +174,8 @@ inline void tile_quantised(const uint8_t* w, int64_t num_in, const QuantRows& x,
     for (int t = 0; t < T; t++) acc[t] = f_set(0.0f);
     int64_t groups = x.stride / GROUP;
     for (int64_t start = 0; start < num_in; start += INPUTS, w += Shape::bytes) {
+        if constexpr (T >= FETCH_ROWS)
+            for (int line = 0; line < Shape::bytes; line += 64) __builtin_prefetch(w + FETCH_AHEAD + line, 0, 2);
         I16 sums[T];
         int64_t group = start / GROUP;
         if constexpr (BITS == 4)

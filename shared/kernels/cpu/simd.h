@@ -240,21 +240,41 @@ inline float from_bf16(uint16_t x) {
 }
 
 // Sum and maximum over the lanes, always in the same order: halves onto each other.
+#if SL_LEVEL == 0
 inline float f_sum(F16 a) {
-    float v[LANES];
-    f_store(v, a);
     for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) v[i] += v[i + half];
-    return v[0];
+        for (int i = 0; i < half; i++) a.v[i] += a.v[i + half];
+    return a.v[0];
 }
 
 inline float f_top(F16 a) {
-    float v[LANES];
-    f_store(v, a);
-    float top = v[0];
-    for (int i = 1; i < LANES; i++) top = v[i] > top ? v[i] : top;
-    return top;
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) a.v[i] = a.v[i] > a.v[i + half] ? a.v[i] : a.v[i + half];
+    return a.v[0];
 }
+#else
+#if SL_LEVEL == 2
+inline __m256 low_half(F16 a) { return _mm512_castps512_ps256(a.v); }
+inline __m256 high_half(F16 a) { return _mm512_extractf32x8_ps(a.v, 1); }
+#else
+inline __m256 low_half(F16 a) { return a.a; }
+inline __m256 high_half(F16 a) { return a.b; }
+#endif
+
+inline float f_sum(F16 a) {
+    __m256 eight = _mm256_add_ps(low_half(a), high_half(a));
+    __m128 v = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+    return _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)));
+}
+
+inline float f_top(F16 a) {
+    __m256 eight = _mm256_max_ps(low_half(a), high_half(a));
+    __m128 v = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    v = _mm_max_ps(v, _mm_movehl_ps(v, v));
+    return _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)));
+}
+#endif
 
 // e^x with a relative error below 2e-7 for x in [-87, 88]; below that it is 0, as softmax wants it.
 // Cody and Waite's reduction by ln 2 in two parts, then a polynomial (minimax on [-ln2/2, ln2/2]).
