@@ -17,7 +17,7 @@ from shared.config import Settings
 from shared.protocol.keys import Keys
 from shared.protocol.messages import WorkerBeat
 
-_COLUMNS = ("role", "model", "state", "running", "waiting", "KV use", "tokens/s", "served")
+_COLUMNS = ("role", "model", "state", "running", "waiting", "KV use", "tokens/s", "per step", "served")
 _PIPE_WIDTH = 200  # columns where no terminal tells a width, as in `docker compose exec -T`: room for whole ids
 
 
@@ -65,6 +65,7 @@ def table_of(beats: list[WorkerBeat]) -> Table:
     for beat in beats:
         use = 100 * beat.kv_tokens_used / beat.kv_tokens if beat.kv_tokens else 0.0
         state = f"{beat.state} {beat.progress:.0%}" if beat.state == "loading" else beat.state
-        numbers = (str(beat.running), str(beat.waiting), f"{use:.0f} %", f"{beat.tokens_per_second:.1f}")
+        per_step = f"{beat.generated_tokens / beat.sequence_steps:.2f}" if beat.sequence_steps else "-"
+        numbers = (str(beat.running), str(beat.waiting), f"{use:.0f} %", f"{beat.tokens_per_second:.1f}", per_step)
         table.add_row(beat.worker_id, beat.role, beat.model, state, *numbers, str(beat.requests_done))
     return table

@@ -15,6 +15,7 @@ from shared.protocol.messages import Usage, WorkerBeat
 OUTCOME_REJECTED = "rejected"
 
 _WORKER_LABELS = ("worker", "role")
+_PLACE_LABELS = (*_WORKER_LABELS, "place")
 
 _TTFT_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 51.2)
 _ITL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12)
@@ -113,6 +114,12 @@ class _WorkerCollector(Collector):
         ("requests_swept", "Requests this worker brought back to the queue, or ended."),
         ("own_entries_swept", "Own work entries this worker had lost sight of and gave back."),
         ("orphans_cancelled", "Cancels this worker sent for requests whose gateway was gone."),
+        ("generated_tokens", "Tokens sampled."),
+        ("sequence_steps", "Steps counted once for each sequence that they gave tokens."),
+    )
+    _GUESSES = (
+        ("drafted", "Guessed tokens that were computed, by their place in a draft."),
+        ("accepted", "Guessed tokens that were what was sampled, by their place in a draft."),
     )
 
     def __init__(self, beats: Callable[[], Sequence[WorkerBeat]]) -> None:
@@ -124,6 +131,10 @@ class _WorkerCollector(Collector):
             yield _filled(GaugeMetricFamily(f"{PREFIX}worker_{field}", text, labels=_WORKER_LABELS), field, beats)
         for field, text in self._COUNTERS:
             yield _filled(CounterMetricFamily(f"{PREFIX}worker_{field}", text, labels=_WORKER_LABELS), field, beats)
+        for field, text in self._GUESSES:
+            yield _by_place(
+                CounterMetricFamily(f"{PREFIX}worker_{field}_tokens", text, labels=_PLACE_LABELS), field, beats
+            )
         yield _states(beats)
 
 
@@ -132,6 +143,13 @@ def _filled(
 ) -> GaugeMetricFamily | CounterMetricFamily:
     for beat in beats:
         family.add_metric((beat.worker_id, beat.role), float(getattr(beat, field)))
+    return family
+
+
+def _by_place(family: CounterMetricFamily, field: str, beats: Sequence[WorkerBeat]) -> CounterMetricFamily:
+    for beat in beats:
+        for place, count in enumerate(getattr(beat, field), 1):
+            family.add_metric((beat.worker_id, beat.role, str(place)), float(count))
     return family
 
 

@@ -50,7 +50,11 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A snapshot for heartbeats and admission, in tokens and sequences."""
+    """A snapshot for heartbeats and admission, in tokens and sequences.
+
+    `sequence_steps` counts a step once for each sequence it gave tokens; `drafted` and `accepted` count guesses by their
+    place.
+    """
 
     running: int
     waiting: int
@@ -61,6 +65,9 @@ class Load:
     computed_tokens: int
     preemptions: int
     steps: int
+    sequence_steps: int
+    drafted: tuple[int, ...]
+    accepted: tuple[int, ...]
 
 
 @dataclass(slots=True, eq=False)
@@ -93,7 +100,7 @@ class Engine:
         self.blocks = BlockManager(runner.cache.num_blocks)
         self.scheduler = Scheduler(limits, self.blocks, self._block_size, prefix_caching=prefix_caching)
         self._reservations: list[Reservation] = []
-        self._generated = self._computed = self._steps = 0
+        self._generated = self._computed = self._steps = self._sequence_steps = 0
         self._ran_until = 0.0
         self._calibration: Calibration | None = None
         if speculation is not None and not speculation.tables:
@@ -118,6 +125,7 @@ class Engine:
     def load(self) -> Load:
         """Counts for heartbeats. From another thread they may be of two neighbouring steps, which does no harm."""
         scheduler, blocks = self.scheduler, self.blocks
+        drafted, accepted = self._speculation.totals() if self._speculation is not None else ((), ())
         return Load(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting) + len(self._reservations),
@@ -128,6 +136,9 @@ class Engine:
             computed_tokens=self._computed,
             preemptions=scheduler.num_preemptions,
             steps=self._steps,
+            sequence_steps=self._sequence_steps,
+            drafted=drafted,
+            accepted=accepted,
         )
 
     def add(self, sequence: Sequence) -> None:
@@ -277,6 +288,7 @@ class Engine:
         if sequence.hold:
             return tuple([self._sample_choice(sequence, choice, logits[-1], drawn[-1]) for choice in sequence.choices])
         samples = self._verify(sequence, item.draft, logits, drawn)
+        self._sequence_steps += 1
         if self._speculation is not None:
             self._speculation.learn(item, [sampled.token for sampled in samples])
         return samples

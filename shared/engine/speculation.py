@@ -142,6 +142,12 @@ class Speculation:
         chosen = dict(zip(sequences, lengths, strict=True))
         return [self._with_draft(item, chosen.get(item.sequence, 0), scheduler) for item in plan]
 
+    def totals(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Guesses computed and accepted at each place, of all proposers."""
+        counts = self.counts.values()
+        drafted = tuple([sum(place) for place in zip(*(count.drafted for count in counts), strict=True)])
+        return drafted, tuple([sum(place) for place in zip(*(count.accepted for count in counts), strict=True)])
+
     def observe_beside(self, seconds: float) -> None:
         """So much passed between two steps' times in the model."""
         for costs in self.tables.values():

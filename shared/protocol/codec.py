@@ -39,10 +39,13 @@ MAX_TOKEN_ID = (1 << 31) - 1
 MAX_NAME = 512
 MAX_TEXT = 2048
 MAX_ADDRESSES = 16
+MAX_DRAFT_TOKENS = 128
 MAX_INT = (1 << 53) - 1
 MAX_SEED = (1 << 64) - 1
-_BEAT_FIELDS = 24
-_OLD_BEAT_SIZES = (19, 20)
+_BEAT_FIELDS = 28
+_OLD_BEAT_SIZES = (19, 20, 24)
+_NEW_BEAT_FIELDS: tuple[Any, ...] = (*[0] * 7, [], [])
+"""What workers of old versions do not say, from the 20th field on."""
 """Beats of older workers: without `max_num_seqs` and the counts of the sweep, and without these counts."""
 
 Message = Job | Marker | Tokens | End | WorkerBeat
@@ -112,6 +115,12 @@ class _Fields:
         if value and (set(map(type, value)) != {int} or min(value) < 0 or max(value) > high):
             raise self.bad("an array of token ids")
         return tuple(value)
+
+    def counts(self, limit: int) -> tuple[int, ...]:
+        values = self.array(limit)
+        if any(type(value) is not int or not 0 <= value <= MAX_INT for value in values):
+            raise self.bad("an array of counts")
+        return tuple(values)
 
     def hash(self) -> str:
         value = self.take()
@@ -372,18 +381,20 @@ def _pack_beat(b: WorkerBeat) -> list[Any]:
     )
     rates = (float(b.progress), float(b.tokens_per_second))
     swept = (b.dead_workers_swept, b.requests_swept, b.own_entries_swept, b.orphans_cancelled)
-    return ["W", PROTOCOL_VERSION, *names, *counts, *rates, b.addresses, b.max_num_seqs, *swept]
+    guesses = (b.generated_tokens, b.sequence_steps, b.drafted, b.accepted)
+    return ["W", PROTOCOL_VERSION, *names, *counts, *rates, b.addresses, b.max_num_seqs, *swept, *guesses]
 
 
 def _unpack_beat(items: list[Any]) -> WorkerBeat:
-    unsaid = [0] * (_BEAT_FIELDS - len(items)) if len(items) in _OLD_BEAT_SIZES else []
+    unsaid = _NEW_BEAT_FIELDS[len(items) - _BEAT_FIELDS :] if len(items) in _OLD_BEAT_SIZES else ()
     f = _Fields([*items, *unsaid], "WorkerBeat", _BEAT_FIELDS)
     worker_id, role, state, model = f.text(), f.word("prefill", "decode"), f.text(), f.text()
     numerics, layout, version, host = f.text(), f.text(), f.text(), f.text()
     running, waiting, kv_tokens, used, longest, done, pid, equal = (f.integer() for _ in range(8))
     progress, rate = f.number(), f.number()
     pairs = [_Fields(item, "an address", 2) for item in f.array(MAX_ADDRESSES)]
-    max_num_seqs, dead_workers, requests, own_entries, orphans = (f.integer() for _ in range(5))
+    max_num_seqs, dead_workers, requests, own_entries, orphans, generated, steps = (f.integer() for _ in range(7))
+    drafted, accepted = f.counts(MAX_DRAFT_TOKENS), f.counts(MAX_DRAFT_TOKENS)
     return WorkerBeat(
         worker_id=worker_id,
         role=role,
@@ -409,6 +420,10 @@ def _unpack_beat(items: list[Any]) -> WorkerBeat:
         requests_swept=requests,
         own_entries_swept=own_entries,
         orphans_cancelled=orphans,
+        generated_tokens=generated,
+        sequence_steps=steps,
+        drafted=drafted,
+        accepted=accepted,
     )
 
 

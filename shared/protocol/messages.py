@@ -133,9 +133,11 @@ class WorkerBeat:
     tokens, `max_request_tokens` the longest request (prompt + output) it can ever hold, `max_num_seqs` how many
     sequences it runs at once (0: it does not say). `equal_tokens`: the start-up probe found that a row's result does
     not depend on its neighbours, so equal requests give equal tokens.
-    `addresses` maps a transport's name to where a peer reaches this worker by it. The last four count, since this
+    `addresses` maps a transport's name to where a peer reaches this worker by it. Four fields count, since this
     worker's start, what it cleaned up: workers found dead with work left, requests brought back, own entries given
-    back that it had lost sight of, cancels sent because a request's gateway was gone.
+    back that it had lost sight of, cancels sent because a request's gateway was gone. The last four count tokens
+    generated and the steps of single sequences that gave them, and guesses computed and accepted by their place in a
+    draft, from its first token on.
     """
 
     worker_id: str
@@ -162,3 +164,7 @@ class WorkerBeat:
     requests_swept: int = 0
     own_entries_swept: int = 0
     orphans_cancelled: int = 0
+    generated_tokens: int = 0
+    sequence_steps: int = 0
+    drafted: tuple[int, ...] = ()
+    accepted: tuple[int, ...] = ()

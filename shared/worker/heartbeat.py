@@ -84,6 +84,10 @@ class Heartbeat:
             requests_swept=swept.requests,
             own_entries_swept=swept.own,
             orphans_cancelled=swept.orphans,
+            generated_tokens=load.generated_tokens,
+            sequence_steps=load.sequence_steps,
+            drafted=load.drafted,
+            accepted=load.accepted,
         )
 
 

@@ -204,11 +204,13 @@ def test_too_many_fields_or_bytes_are_refused() -> None:
 def test_a_beat_of_an_older_worker_reads_as_zeros_where_it_says_nothing() -> None:
     beat = WorkerBeat("w", "decode", "ready", "m", "n", "l", equal_tokens=True, max_num_seqs=32)
     swept = replace(beat, dead_workers_swept=1, requests_swept=2, own_entries_swept=3, orphans_cancelled=4)
-    items = msgpack.unpackb(encode(swept))
-    assert items[-5:] == [32, 1, 2, 3, 4], "the order on the wire"
-    assert decode(WorkerBeat, msgpack.packb(items[:-4])) == beat
-    assert decode(WorkerBeat, msgpack.packb(items[:-5])) == replace(beat, max_num_seqs=0)
-    for wrong in (items[:-6], *(items[:-cut] for cut in (1, 2, 3)), [*items, 1]):
+    guessed = replace(swept, generated_tokens=9, sequence_steps=5, drafted=(4, 3), accepted=(2, 1))
+    items = msgpack.unpackb(encode(guessed))
+    assert items[-9:] == [32, 1, 2, 3, 4, 9, 5, [4, 3], [2, 1]], "the order on the wire"
+    assert decode(WorkerBeat, msgpack.packb(items[:-4])) == swept
+    assert decode(WorkerBeat, msgpack.packb(items[:-8])) == beat
+    assert decode(WorkerBeat, msgpack.packb(items[:-9])) == replace(beat, max_num_seqs=0)
+    for wrong in (items[:-10], *(items[:-cut] for cut in (1, 2, 3, 5, 6, 7)), [*items, 1]):
         with pytest.raises(ProtocolError, match="fields"):
             decode(WorkerBeat, msgpack.packb(wrong))
 

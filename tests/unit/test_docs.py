@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -207,7 +208,7 @@ def beat() -> WorkerBeat:
 def families() -> list[Metric]:
     """Every metric family a gateway exports, each with at least one sample."""
     metrics = GatewayMetrics("m")
-    metrics.watch_workers(lambda: [beat()])
+    metrics.watch_workers(lambda: [replace(beat(), drafted=(2, 1), accepted=(1, 0))])
     metrics.watch_streams(StreamCounters())
     metrics.outcomes.labels("r", "o").inc()
     metrics.rejections.labels("r").inc()

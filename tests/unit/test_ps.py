@@ -25,9 +25,18 @@ def _beat(**fields: object) -> WorkerBeat:
 
 
 def test_one_line_a_worker_where_there_is_room() -> None:
-    beat = _beat(running=2, waiting=1, kv_tokens=200, kv_tokens_used=50, tokens_per_second=12.34, requests_done=9)
+    beat = _beat(
+        running=2,
+        waiting=1,
+        kv_tokens=200,
+        kv_tokens_used=50,
+        tokens_per_second=12.34,
+        requests_done=9,
+        generated_tokens=30,
+        sequence_steps=20,
+    )
     row = _printed(beat, 200).splitlines()[1]
-    assert row.split() == [_WORKER, "prefill", "smollm2", "ready", "2", "1", "25", "%", "12.3", "9"]
+    assert row.split() == [_WORKER, "prefill", "smollm2", "ready", "2", "1", "25", "%", "12.3", "1.50", "9"]
 
 
 @pytest.mark.parametrize("width", [80, 60])
