@@ -52,8 +52,8 @@ class Output:
 class Load:
     """A snapshot for heartbeats and admission, in tokens and sequences.
 
-    `sequence_steps` counts a step once for each sequence it gave tokens; `drafted` and `accepted` count guesses by their
-    place.
+    `sequence_steps` counts a step once for each sequence it gave tokens; `drafted` and `accepted` count guesses by
+    their place in a draft.
     """
 
     running: int

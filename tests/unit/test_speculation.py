@@ -63,6 +63,21 @@ def test_drafts_change_no_token(params: dict[str, Any], wrong: float) -> None:
     assert engine.blocks.num_free == engine.blocks.num_usable
 
 
+def test_blocks_filled_under_speculation_serve_the_next_request() -> None:
+    """Published blocks hold accepted tokens only: what was computed for wrong guesses is in no prefix."""
+    engine, _ = make_engine(num_blocks=200, speculation=always(Oracle(0.5)))
+    sequences = sequences_of({"temperature": 1.0, "max_tokens": 30})
+    for sequence in sequences:
+        engine.add(sequence)
+    run_to_end(engine)
+    again = [make_sequence(sequence.tokens[:-1], name="again", temperature=1.0, max_tokens=6) for sequence in sequences]
+    for sequence in again:
+        engine.add(sequence)
+    run_to_end(engine)
+    check(again)
+    assert all(sequence.num_cached > sequence.prompt_len - 8 for sequence in again if sequence.prompt_len > 12)
+
+
 def test_right_drafts_save_steps() -> None:
     steps = {}
     for name, speculation in (("without", None), ("with", always(Oracle(0.0), max_draft_tokens=4))):
