@@ -26,6 +26,8 @@ from tokenizers import Tokenizer
 
 CACHE_GIB = 1
 IDLE_S = 0.0005
+YIELD_S = 0.0001
+"""A step keeps the interpreter to itself; between two of them the server sends what came."""
 
 
 class Pipeline:
@@ -63,6 +65,7 @@ class Pipeline:
             else:
                 self._pipeline.step()
             running = [pair for pair in running if not self._deliver(*pair)]
+            time.sleep(YIELD_S)
 
     def _deliver(self, handle: Any, queue: asyncio.Queue[list[int] | None]) -> bool:
         """Hand over what is new; True once the request has ended."""

@@ -139,7 +139,9 @@ def columns(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[float
         cells = {f"{n} streams, tokens/s": load["output_tokens_per_s"] for n, load in result["streams"].items()}
         cells |= {f"prefill {n}, tokens/s": load["tokens_per_s"] for n, load in result["prefill"].items()}
         cells["gap p99 alone, ms"] = result["long_prompts"]["alone_itl_ms"]["p99"]
+        cells["gap p50 beside 2048-token prompts, ms"] = result["long_prompts"]["beside_itl_ms"]["p50"]
         cells["gap p99 beside 2048-token prompts, ms"] = result["long_prompts"]["beside_itl_ms"]["p99"]
+        cells["those prompts' first token, ms"] = result["long_prompts"]["arrivals_ttft_ms"]["p50"]
         cells["peak memory, MiB"] = result["peak_rss_mib"]
         for name, value in cells.items():
             table.setdefault(name, {}).setdefault(result["server"], []).append(value)
@@ -147,24 +149,32 @@ def columns(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[float
 
 
 def render(results: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table: one line a column of figures, one column a server, and our ratio to the best other."""
+    """A Markdown table: one line a column of figures, one column a server, and each of ours over the best other."""
     table = columns(results)
     servers = list(dict.fromkeys(result["server"] for result in results))
-    lines = ["| | " + " | ".join(servers) + " | ratio to the best other |", "| --- |" + " --- |" * (len(servers) + 1)]
+    ours = [server for server in servers if is_ours(server)]
+    titles = [*servers, *(f"{server} to the best other" for server in ours)]
+    lines = ["| | " + " | ".join(titles) + " |", "| --- |" + " --- |" * len(titles)]
     for name, by_server in table.items():
         cells = [f"{median(v):.0f} [{min(v):.0f}-{max(v):.0f}]" for v in (by_server[server] for server in servers)]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {_ratio(name, by_server)} |")
+        cells += [_ratio(name, by_server, server) for server in ours]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _ratio(column: str, by_server: dict[str, list[float]]) -> str:
-    """Ours over the best other's, round by round: median and extremes."""
+def is_ours(server: str) -> bool:
+    """Slipstream with its defaults, or with other flags as one more peer: `slipstream NAME=slipstream serve ...`."""
+    return server.startswith(OURS)
+
+
+def _ratio(column: str, by_server: dict[str, list[float]], server: str) -> str:
+    """One server of ours over the best that is not ours, round by round: median and extremes."""
     best = max if "tokens/s" in column else min
-    others = [values for server, values in by_server.items() if server != OURS]
-    if OURS not in by_server or not others:
+    others = [values for name, values in by_server.items() if not is_ours(name)]
+    if not others:
         return "-"
     leader = best(others, key=median)
-    ratios = [ours / theirs for ours, theirs in zip(by_server[OURS], leader, strict=False)]
+    ratios = [ours / theirs for ours, theirs in zip(by_server[server], leader, strict=False)]
     return f"{median(ratios):.2f} [{min(ratios):.2f}-{max(ratios):.2f}]"
 
 
