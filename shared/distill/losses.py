@@ -54,7 +54,7 @@ def forward_kl(logits: Tensor, expected: Expected) -> Tensor:
     """KL(target || student) over the shared ids and the rest, one value a row."""
     logs = logits.log_softmax(-1).gather(1, expected.places)
     rest = _rest_of(logs, expected)
-    divergence = torch.special.xlogy(expected.probs, expected.probs) - expected.probs * logs
+    divergence: Tensor = torch.special.xlogy(expected.probs, expected.probs) - expected.probs * logs
     of_rest: Tensor = torch.special.xlogy(expected.rest, expected.rest) - expected.rest * rest.log()
     return divergence.sum(1) + of_rest
 

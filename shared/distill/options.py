@@ -26,10 +26,10 @@ class DistillOptions:
     num_layers: int = 2
     head_size: int = 8192
     epochs: float = 4.0
-    on_policy_steps: int = 100
-    learning_rate: float = 1e-3
+    on_policy_steps: int = 300
+    learning_rate: float = 3e-3
     seed: int = 0
-    batch_rows: int = 4
+    batch_rows: int = 1
     row_tokens: int = 512
     max_new_tokens: int = 256
     max_prompt_tokens: int = 256

@@ -1,9 +1,11 @@
 """The whole distillation, phase after phase; each goes on where an interrupted run stopped.
 
 1. The target writes texts (`texts`), which are kept in the work folder.
-2. The student, made of layers of the target, learns the target's distributions on them (forward KL).
-3. It learns on drafts of its own that the target judges (total variation), which is what acceptance is made of.
-4. The draft is exported.
+2. The student, made of layers of the target, learns the target's distributions on them: forward KL, which learns fast
+   because every id counts.
+3. It goes on with total variation on the same texts: 1 - acceptance itself, which gives up what would be refused anyway.
+4. It learns on drafts of its own that the target judges, with total variation too.
+5. The draft is exported.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ from shared.errors import ConfigurationError
 from shared.model.source import ModelSource, read_json
 from shared.tokenizer.loader import load_tokenizer
 
-LOADING, WRITING, LEARNING, DRAFTING = "loading", "writing texts", "forward KL", "on-policy"
+LOADING, WRITING = "loading", "writing texts"
+LEARNING, SHARPENING, DRAFTING = "forward KL", "total variation", "on-policy"
+_SHARPENING_SHARE = 0.3
 _TESTS = 20
 """How often a phase is measured on held-out texts while it runs."""
 
@@ -102,8 +106,11 @@ def likeliest_ids(texts: list[Text], vocab_size: int, count: int) -> npt.NDArray
 
 
 def initial_layers(num_layers: int, num_target_layers: int) -> list[int]:
-    """The target's layers a student starts from: the first ones."""
-    return [index % num_target_layers for index in range(num_layers)]
+    """The target's layers a student starts from: the first ones.
+
+    For SmolLM2 two first layers end with more acceptance than the first and the last.
+    """
+    return [min(index, num_target_layers - 1) for index in range(num_layers)]
 
 
 class _Training:
@@ -125,6 +132,7 @@ class _Training:
         self.student.to(device)
         per_epoch = len(batches_of_epoch(self._texts, options.row_tokens, options.batch_rows, options.seed, 0))
         self._learning_steps = max(1, round(options.epochs * per_epoch))
+        self._sharpening_steps = round(_SHARPENING_SHARE * self._learning_steps)
         self._trainer = Trainer(self.student, options, self._learning_steps + options.on_policy_steps)
         self._drafts = DraftWriter(self.student, target, self._texts, options.row_tokens, options.seed)
         self._path = options.work / "training.safetensors"
@@ -140,22 +148,25 @@ class _Training:
         if not found:
             self._measure("initial")
         self._saved = time.monotonic()
-        self._learn()
+        self._learn(LEARNING, self._learning_steps - self._sharpening_steps, varied=False)
+        self._learn(SHARPENING, self._learning_steps, varied=True)
         self._draft()
         return self._notes()
 
-    def _learn(self) -> None:
-        """Forward KL on the target's texts."""
+    def _learn(self, phase: str, last: int, *, varied: bool) -> None:
+        """On the target's texts up to step `last`; the epochs go on over phases."""
         options, trainer, first, epoch = self._options, self._trainer, 0, 0
-        while trainer.step < self._learning_steps:
+        start = self._learning_steps - self._sharpening_steps if varied else 0
+        while trainer.step < last:
             batches = batches_of_epoch(self._texts, options.row_tokens, options.batch_rows, options.seed, epoch)
             for batch in batches[max(0, trainer.step - first) :]:
-                if trainer.step >= self._learning_steps:
+                if trainer.step >= last:
                     break
-                self._after_step(LEARNING, trainer.learn(batch), trainer.step, self._learning_steps)
+                loss = trainer.learn(batch, varied=varied)
+                self._after_step(phase, loss, trainer.step - start, last - start)
             first, epoch = first + len(batches), epoch + 1
-        if LEARNING not in self._measured:
-            self._measure(LEARNING)
+        if last > start and phase not in self._measured:
+            self._measure(phase)
 
     def _draft(self) -> None:
         """Total variation, on texts and on drafts the student wrote into them."""
