@@ -3,7 +3,7 @@
 1. The target writes texts (`texts`), which are kept in the work folder.
 2. The student, made of layers of the target, learns the target's distributions on them: forward KL, which learns fast
    because every id counts.
-3. It goes on with total variation on the same texts: 1 - acceptance itself, which gives up what would be refused anyway.
+3. It goes on with total variation on the same texts: 1 - acceptance itself, which gives up what would be refused.
 4. It learns on drafts of its own that the target judges, with total variation too.
 5. The draft is exported.
 """
