@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -78,6 +80,8 @@ def run_distill(target: str, settings: EngineSettings, options: DistillOptions) 
     """Blocking, minutes to hours; the exit status. The same command goes on after an interruption."""
     console = Console(stderr=True)
     source = resolve(target)
+    if settings.device != "cpu":
+        _repeatable_on_a_gpu()
     try:
         with DistillProgress(console) as progress:
             recipe = distill(source, settings, options, progress.update)
@@ -90,3 +94,9 @@ def run_distill(target: str, settings: EngineSettings, options: DistillOptions) 
     for phase, quality in held_out.items():
         console.print(f"after {phase}: acceptance {quality['acceptance']:.3f}, greedy {quality['greedy']:.3f}")
     return EXIT_OK
+
+
+def _repeatable_on_a_gpu() -> None:
+    """Sums on a GPU are taken in any order unless this is said; on a CPU they are repeatable as they are."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
