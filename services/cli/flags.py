@@ -45,9 +45,12 @@ GATEWAY = (
     Flag("--max-queued", ("gateway", "max_queued"), int, "Requests that may wait for a place."),
 )
 MAX_MODEL_LEN = Flag("--max-model-len", ("engine", "max_model_len"), int, "Longest prompt plus output, in tokens.")
+DEVICE = Flag("--device", ("engine", "device"), str, "cpu or cuda.")
+KERNELS = Flag("--kernels", ("engine", "kernels"), str, "auto, native or torch.")
+THREADS = Flag("--threads", ("engine", "threads"), int, "Compute threads of a worker.")
 ENGINE = (
-    Flag("--device", ("engine", "device"), str, "cpu or cuda."),
-    Flag("--kernels", ("engine", "kernels"), str, "auto, native or torch."),
+    DEVICE,
+    KERNELS,
     Flag("--quantization", ("engine", "quantization"), str, "int8 or int4: quantise float weights while loading."),
     Flag("--dtype", ("engine", "dtype"), str, "auto, float32, bfloat16 or float16."),
     Flag("--kv-cache-dtype", ("engine", "kv_cache_dtype"), str, "auto, float32, bfloat16, float16 or int8."),
@@ -60,7 +63,7 @@ ENGINE = (
     Flag("--enable-prefix-caching", ("engine", "enable_prefix_caching"), bool, "Reuse the KV of shared prefixes."),
     Flag("--enable-chunked-prefill", ("engine", "enable_chunked_prefill"), bool, "Split long prompts over steps."),
     Flag("--batch-invariant", ("engine", "batch_invariant"), bool, "Same tokens in any batch and chunking."),
-    Flag("--threads", ("engine", "threads"), int, "Compute threads of a worker."),
+    THREADS,
 )
 SPECULATION = (
     Flag("--speculation", ("speculation", "proposers"), str, "Who guesses tokens ahead: suffix, or none."),
@@ -71,6 +74,7 @@ TRANSFER = (
     Flag("--kv-host", ("transfer", "host"), str, "Address the KV exporter listens on."),
     Flag("--kv-port", ("transfer", "port"), int, "Port of the KV exporter; 0 takes a free one."),
 )
+COMPUTE = (COMMON[2], DEVICE, KERNELS, THREADS)
 WORKER = (*COMMON, *MODEL, *ENGINE, *SPECULATION, *TRANSFER)
 ALL = (*COMMON, *MODEL[1:], *GATEWAY, *ENGINE, *SPECULATION, *TRANSFER)
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -144,6 +145,39 @@ def drain(
     except ConfigurationError as error:
         _fail(str(error))
     raise typer.Exit(_tell(lambda: asyncio.run(run_drain(settings, selection, rolling=rolling, timeout_s=timeout))))
+
+
+@app.command()
+@with_flags(*flags.COMPUTE)
+def distill(
+    target: Annotated[
+        str, typer.Argument(help="The model to draft for: a folder, a GGUF file, or smollm2.")
+    ] = "smollm2",
+    out: Annotated[Path, typer.Option(help="Folder for the draft.")] = Path("draft"),
+    work_dir: Annotated[Path | None, typer.Option(help="Texts and checkpoints; OUT.work when not given.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts, one a line; the packaged ones when not given.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens the target writes.")] = 300_000,
+    layers: Annotated[int, typer.Option(help="Layers of the draft, 1 to 4.")] = 2,
+    head_size: Annotated[int, typer.Option(help="Ids the draft knows.")] = 8192,
+    epochs: Annotated[float, typer.Option(help="How often the texts are read.")] = 4.0,
+    on_policy: Annotated[int, typer.Option(help="Steps on drafts of the draft's own.")] = 300,
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 3e-3,
+    seed: Annotated[int, typer.Option(help="Same seed, same draft.")] = 0,
+    *,
+    overrides: dict[str, Any],
+) -> None:
+    """Train a draft model for speculative decoding on texts the target writes; an interrupted run goes on."""
+    _let_waiting_threads_sleep()
+    from services.cli.distill import run_distill
+    from shared.distill.options import DistillOptions
+
+    settings = _settings(overrides)
+    work = out.with_name(f"{out.name}.work") if work_dir is None else work_dir
+    try:
+        options = DistillOptions(out, work, prompts, tokens, layers, head_size, epochs, on_policy, learning_rate, seed)
+    except ConfigurationError as error:
+        _fail(str(error))
+    raise typer.Exit(_tell(lambda: run_distill(target, settings.engine, options)))
 
 
 @app.command()

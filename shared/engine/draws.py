@@ -64,6 +64,11 @@ def plan_draws(plan: Sequence_[Scheduled]) -> Draws:
     return _as_arrays(rows, starts, joined(adjustments))
 
 
+def no_draws(num_rows: int) -> Draws:
+    """For steps whose logits alone are wanted."""
+    return _as_arrays([_NOTHING] * num_rows, [0] * (num_rows + 1), joined([]))
+
+
 def _as_arrays(rows: list[_Row], starts: list[int], adjustments: Adjustments) -> Draws:
     columns = zip(*rows, strict=True) if rows else ((),) * len(_NOTHING)
     ways, seeds, ordinals, choices, temperatures, top_ks, top_ps, min_ps = columns

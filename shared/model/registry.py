@@ -48,7 +48,7 @@ def load(
     except RuntimeError as error:
         raise ConfigurationError(f"device {device!r} is not known; use cpu or cuda.") from error
     names = weight_names(source.kind, source.config.architecture)
-    loader = WeightLoader(_reader(source, names), names, source.config, target, _DTYPES[dtype])
+    loader = WeightLoader(open_reader(source, names), names, source.config, target, _DTYPES[dtype])
     with torch.inference_mode():
         weights = loader.load(progress)
     return Decoder(source.config, weights, row_pad=row_pad)
@@ -66,7 +66,7 @@ def load_native(
 ) -> NativeDecoder:
     """Pack the weights for the CPU kernels. Blocking; raises as `load`. Ask `why_not` first."""
     names, config = weight_names(source.kind, source.config.architecture), source.config
-    reader = _reader(source, names)
+    reader = open_reader(source, names)
     rotations = read_rotations(reader, names, config)
     turns = None if rotations is None else torch.view_as_real(rotations).numpy()
     loader = NativeLoader(reader, names, config, quantization)
@@ -74,7 +74,8 @@ def load_native(
     return NativeDecoder(config, weights, library, threads, library.best_isa if isa is None else isa)
 
 
-def _reader(source: ModelSource, names: WeightNames) -> TensorReader:
+def open_reader(source: ModelSource, names: WeightNames) -> TensorReader:
+    """The source's tensors by the names its family gives them. Raises ModelFormatError."""
     file, prefix = open_tensors(source), names.optional_prefix
     return TensorReader(file, prefix if f"{prefix}{names.embedding}.weight" in file.shapes else "")
 

@@ -14,7 +14,7 @@ from services.cli.main import app
 from shared.config import load_settings, setting_paths, variable_name
 
 ALL = list(dict.fromkeys([*flags.ALL, *flags.WORKER]))
-COMMANDS = ("serve", "gateway", "prefill", "decode", "chat", "ps", "dlq", "drain", "doctor", "bench")
+COMMANDS = ("serve", "gateway", "prefill", "decode", "chat", "ps", "dlq", "drain", "doctor", "distill", "bench")
 SAMPLES: dict[tuple[str, ...], Any] = {
     ("redis", "url"): "redis://somewhere:1/0",
     ("log_level",): "error",
@@ -91,7 +91,13 @@ def test_help_of_each_command_names_its_flags(command: str, monkeypatch: pytest.
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0
     assert "Usage" in result.stdout
-    own = {"serve": flags.ALL, "prefill": flags.WORKER, "decode": flags.WORKER, "ps": flags.COMMON}
+    own = {
+        "serve": flags.ALL,
+        "prefill": flags.WORKER,
+        "decode": flags.WORKER,
+        "ps": flags.COMMON,
+        "distill": flags.COMPUTE,
+    }
     for flag in own.get(command, ()):
         assert flag.name in result.stdout
 
