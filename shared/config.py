@@ -105,7 +105,8 @@ class EngineSettings(_Section):
 class SpeculationSettings(_Section):
     """Who guesses tokens ahead in decode workers, in the order they are asked; `none` for nobody."""
 
-    proposers: Annotated[tuple[str, ...], NoDecode] = ("suffix",)
+    proposers: Annotated[tuple[str, ...], NoDecode] = ("suffix", "draft")
+    draft: str = ""
     max_draft_tokens: int = Field(default=8, ge=1, le=128)
 
     @field_validator("proposers", mode="before")

@@ -15,18 +15,17 @@ from safetensors.torch import save_file
 
 from shared.distill.student import Student
 from shared.model.config import ModelConfig, RopeScaling
+from shared.model.draft import FORMAT_VERSION, HEAD_IDS, KEY
 from shared.model.source import ModelSource
 
-FORMAT_VERSION = 1
 _WEIGHTS = "model.safetensors"
-KEY = "slipstream_draft"
 
 
 def export_draft(folder: Path, student: Student, source: ModelSource, recipe: Mapping[str, object]) -> None:
     """Write `config.json`, `model.safetensors` and `recipe.json`; the weights in float16."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: parameter.detach().cpu().half() for name, parameter in student.named_parameters()}
-    tensors["head_ids"] = student.head_ids.cpu().int()
+    tensors[HEAD_IDS] = student.head_ids.cpu().int()
     save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
     (folder / _WEIGHTS).chmod(0o644)  # who trains and who serves may be two users
     config = hf_config(source.config, student.num_layers)

@@ -7,21 +7,19 @@ what is not worth its rows now goes on being judged.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field
 
 from shared.engine.acceptance import Acceptance
+from shared.engine.draft_lengths import Chain, choose_lengths
 from shared.engine.proposer import NO_DRAFT, Ask, Draft, Proposer
 from shared.engine.scheduler import Scheduled, Scheduler
 from shared.engine.sequence import Sequence
 from shared.engine.step_costs import StepCosts
 
-_WORTHWHILE = 1.03
-"""Expected gain below which a step goes without guesses: estimates are no better than that."""
-
 _SUREST = 0.98
-_LEAST_GAIN = 0.02
+"""What is not worth it with such chances is not worth asking for."""
+
 _LONGEST_REST = 8
 """Steps a sequence is not asked about after guesses of no use: asking takes time, too."""
 
@@ -56,41 +54,6 @@ class Rest:
 
     def begin(self) -> None:
         self.steps, self.next = self.next, min(2 * self.next, _LONGEST_REST)
-
-
-@dataclass(frozen=True, slots=True)
-class Chain:
-    """Estimated chances of a draft's tokens one after the other, each given those before."""
-
-    chances: Sequence_[float]
-
-    def gains(self) -> list[float]:
-        """Expected tokens that each place adds: the chance that all up to it are right."""
-        gains, reach = [], 1.0
-        for chance in self.chances:
-            reach *= chance
-            gains.append(reach)
-        return gains
-
-
-def choose_lengths(chains: Sequence_[Chain], num_tokens: int, cost: Callable[[list[int]], float]) -> list[int]:
-    """How much of each chain to compute, so that expected tokens per second are most.
-
-    `num_tokens` come of the step anyway; `cost` gives its seconds from the chosen lengths. Places are taken in order
-    of what they add: within a chain that falls, so a place never comes before the one it depends on.
-    """
-    places = [(gain, -place, index) for index, chain in enumerate(chains) for place, gain in enumerate(chain.gains())]
-    lengths = [0] * len(chains)
-    best, best_rate, expected = list(lengths), _WORTHWHILE * num_tokens / cost(lengths), float(num_tokens)
-    for gain, _, index in sorted(places, reverse=True):
-        if gain < _LEAST_GAIN:
-            break
-        lengths[index] += 1
-        expected += gain
-        rate = expected / cost(lengths)
-        if rate > best_rate:
-            best, best_rate = list(lengths), rate
-    return best
 
 
 @dataclass(slots=True)
@@ -129,18 +92,16 @@ class Speculation:
         self._num_cores = max((cores for cores in self.tables if cores <= num_cores), default=0)
         if not self._num_cores:
             return plan
-        asks = [Ask(item.sequence, wanted) for item in plan if (wanted := self._wanted(item)) > 0]
         num_rows = sum(item.num_tokens for item in plan)
-        if not asks or not self._can_pay(num_rows, len(asks)):
+        if not self._can_pay(num_rows, len(plan)):
             return plan
-        self._propose(asks, num_rows)
-        guesses = [guess for ask in asks if (guess := self._guesses.get(ask.sequence)) is not None]
-        sequences = list(self._guesses)
-        lengths = self._lengths(
-            [self._chain(*pair) for pair in zip(sequences, guesses, strict=True)], num_rows, len(asks)
-        )
-        chosen = dict(zip(sequences, lengths, strict=True))
-        return [self._with_draft(item, chosen.get(item.sequence, 0), scheduler) for item in plan]
+        asks = [Ask(item.sequence, wanted) for item in plan if (wanted := self._wanted(item)) > 0]
+        self._propose(asks, num_rows, len(plan))
+        if not self._guesses:
+            return plan
+        chains = [self._chain(sequence, guess) for sequence, guess in self._guesses.items()]
+        lengths = dict(zip(self._guesses, self._lengths(chains, num_rows, len(plan)), strict=True))
+        return [self._with_draft(item, lengths.get(item.sequence, 0), scheduler) for item in plan]
 
     def totals(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Guesses computed and accepted at each place, of all proposers."""
@@ -196,54 +157,63 @@ class Speculation:
             return 0
         return min(self.max_draft_tokens, sequence.params.max_tokens - sequence.num_output - 1)
 
-    def _propose(self, asks: list[Ask], num_rows: int) -> None:
+    def _propose(self, asks: list[Ask], num_rows: int, num_tokens: int) -> None:
+        """A guess for each sequence, of the first proposer that has one, or of a later one that is likelier right."""
         for index, proposer in enumerate(self.proposers):
-            open_asks = [ask for ask in asks if ask.sequence not in self._guesses]
-            open_asks = self._affordable(index, open_asks, num_rows)
-            if not open_asks:
+            open_asks = [ask for ask in asks if self._is_open(index, ask.sequence)]
+            chosen = self._affordable(index, open_asks, num_rows, num_tokens)
+            if not chosen:
                 continue
-            for ask, draft in zip(open_asks, proposer.propose(open_asks), strict=True):
+            for ask, draft in zip(chosen, proposer.propose(chosen), strict=True):
                 if draft.tokens:
                     self._guesses[ask.sequence] = Guess(draft, index)
         for ask in asks:
             if ask.sequence not in self._guesses:
                 self._rests.setdefault(ask.sequence, Rest()).begin()
 
-    def _affordable(self, index: int, asks: list[Ask], num_rows: int) -> list[Ask]:
+    def _is_open(self, index: int, sequence: Sequence) -> bool:
+        guess = self._guesses.get(sequence)
+        if guess is None:
+            return True
+        first = self._acceptance[guess.proposer].chance(sequence, guess.draft.confidences[0])
+        return first < self._acceptance[index].typical(sequence)
+
+    def _affordable(self, index: int, asks: list[Ask], num_rows: int, num_tokens: int) -> list[Ask]:
         """What to ask of a proposer whose guesses cost time: only as many as are expected to pay for that too."""
         proposer, acceptance = self.proposers[index], self._acceptance[index]
         if not asks or not proposer.seconds(len(asks)):
             return asks
 
         def cost(lengths: list[int]) -> float:
-            drafting = sum(proposer.seconds(sum(length > place for length in lengths)) for place in range(max(lengths)))
+            places = range(max(lengths))
+            drafting = sum([proposer.seconds(sum([length > place for length in lengths])) for place in places])
             return self.costs.whole(num_rows + sum(lengths)) + drafting
 
         chains = [Chain([acceptance.typical(ask.sequence)] * ask.max_tokens) for ask in asks]
-        lengths = choose_lengths(chains, num_rows, cost)
+        lengths = choose_lengths(chains, num_tokens, cost)
         return [Ask(ask.sequence, length) for ask, length in zip(asks, lengths, strict=True) if length]
 
     def _chain(self, sequence: Sequence, guess: Guess) -> Chain:
         acceptance = self._acceptance[guess.proposer]
         return Chain([acceptance.chance(sequence, confidence) for confidence in guess.draft.confidences])
 
-    def _lengths(self, chains: list[Chain], num_rows: int, num_sequences: int) -> list[int]:
+    def _lengths(self, chains: list[Chain], num_rows: int, num_tokens: int) -> list[int]:
         spare = self.max_rows - num_rows
 
         def cost(lengths: list[int]) -> float:
             extra = sum(lengths)
             return self.costs.whole(num_rows + extra) if extra <= spare else float("inf")
 
-        return choose_lengths(chains, num_sequences, cost)
+        return choose_lengths(chains, num_tokens, cost)
 
-    def _can_pay(self, num_rows: int, num_sequences: int) -> bool:
+    def _can_pay(self, num_rows: int, num_tokens: int) -> bool:
         """Whether the surest guesses of any length would: else nobody is asked."""
-        key = self._num_cores, num_rows, num_sequences
+        key = self._num_cores, num_rows, num_tokens
         if key not in self._payable:
             if len(self._payable) > 4096:
                 self._payable.clear()
-            chains = [Chain([_SUREST] * self.max_draft_tokens)] * num_sequences
-            self._payable[key] = any(self._lengths(chains, num_rows, num_sequences))
+            chains = [Chain([_SUREST] * self.max_draft_tokens)] * num_tokens
+            self._payable[key] = any(self._lengths(chains, num_rows, num_tokens))
         return self._payable[key]
 
     def _with_draft(self, item: Scheduled, length: int, scheduler: Scheduler) -> Scheduled:

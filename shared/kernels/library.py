@@ -12,7 +12,7 @@ from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-ABI = 3
+ABI = 4
 """`SL_ABI` of the header this file mirrors."""
 
 
@@ -70,6 +70,7 @@ class CModel(Structure):
         ("positions", c_void_p),
         ("rotations", c_void_p),
         ("final_norm", CNorm),
+        ("head_ids", c_void_p),
     ]
 
 

@@ -80,7 +80,7 @@ class NativeDecoder:
 
     def _start(self, model: CModel) -> None:
         self._model = model
-        self._logits: F32 = np.empty((0, self.config.vocab_size), dtype=np.float32)
+        self._logits: F32 = np.empty((0, model.vocab_size), dtype=np.float32)
         self._engine = self._library.create(model, self._threads, self.isa)
 
     def __del__(self) -> None:
@@ -99,6 +99,11 @@ class NativeDecoder:
     def kernel_set(self) -> str:
         """The same on every instruction set, because the bits are."""
         return f"cpu-{ABI}"
+
+    @property
+    def weights(self) -> NativeWeights:
+        """For a draft, which reads its target's embedding."""
+        return self._weights
 
     @property
     def num_threads(self) -> int:
@@ -121,6 +126,8 @@ class NativeDecoder:
         self, step: RaggedStep, kv: Tensor, draws: Draws | None = None, *, threads: int = 0, cores: CCores | None = None
     ) -> tuple[F32, Int32]:
         """Logits [len(logit_rows), vocab_size] and, with `draws`, the sampled ids (-1 where none was asked for).
+
+        A draft has a logit for each token that it can say.
 
         `threads` is how many of the decoder's threads compute this step, 0 for all; with `cores` it is their share,
         counted anew as a long step goes on. No number of threads changes a bit. The logits are overwritten by the
@@ -157,7 +164,7 @@ class NativeDecoder:
 
     def _logits_of(self, num_rows: int) -> F32:
         if num_rows > len(self._logits):
-            self._logits = np.empty((num_rows, self.config.vocab_size), dtype=np.float32)
+            self._logits = np.empty((num_rows, self._model.vocab_size), dtype=np.float32)
         return self._logits[:num_rows]
 
     def forward(self, batch: ForwardBatch, kv: Tensor) -> Tensor:
@@ -175,7 +182,7 @@ class NativeDecoder:
         out = np.empty((len(values), head.num_out), dtype=np.float32)
         if len(values):
             self._library.matmul(self._engine, head, values.ctypes.data, len(values), out.ctypes.data)
-        return torch.from_numpy(out[:, : self.config.vocab_size])
+        return torch.from_numpy(out[:, : self._model.vocab_size])
 
 
 def ragged(batch: ForwardBatch) -> RaggedStep:

@@ -55,6 +55,7 @@ class NativeLoader:
         self._quantise = QUANTISERS[quantization] if quantization else None
         self._memory: list[npt.NDArray[np.generic]] = []
         self._large_pages = WeightMemory()
+        self._owners: list[object] = []  # of memory that is not ours
 
     def load(
         self, block_size: int, kv_dtype: int, rotations: F32 | None, progress: Callable[[float], None]
@@ -84,14 +85,7 @@ class NativeLoader:
             config.attention_scale,
             layers,
         )
-        model.embedding = self._place(
-            self._matrix(names.embedding, config.vocab_size, config.hidden_size, transposed=False)
-        )
-        model.lm_head = model.embedding
-        if not config.tie_word_embeddings:
-            model.lm_head = self._place(
-                self._matrix(names.lm_head, config.vocab_size, config.hidden_size, transposed=False)
-            )
+        self._ends(model)
         model.final_norm = self._norm(names.final_norm)
         if config.rope_theta is None:
             positions = self._reader.floats(f"{names.positions}.weight", config.max_position, config.hidden_size)
@@ -99,7 +93,21 @@ class NativeLoader:
         if rotations is not None:
             model.rotations = self._keep(rotations)
         progress(1.0)
-        return NativeWeights(model, self._memory, layers)
+        return NativeWeights(model, self._memory, (layers, self._owners))
+
+    def output_rows(self) -> Matrix:
+        """What gives the logits, as stored."""
+        config, names = self._config, self._names
+        name = names.embedding if config.tie_word_embeddings else names.lm_head
+        return self._matrix(name, config.vocab_size, config.hidden_size, transposed=False)
+
+    def _ends(self, model: CModel) -> None:
+        """The embedding, and what gives the logits."""
+        config, names = self._config, self._names
+        model.embedding = self._place(
+            self._matrix(names.embedding, config.vocab_size, config.hidden_size, transposed=False)
+        )
+        model.lm_head = model.embedding if config.tie_word_embeddings else self._place(self.output_rows())
 
     def _layer(self, layer: CLayer, index: int) -> None:
         config, names = self._config, self._names
@@ -190,6 +198,10 @@ class NativeLoader:
         num_out, num_in = -(-matrix.num_out // TILE) * TILE, -(-matrix.num_in // INPUT_PAD) * INPUT_PAD
         at = None if bias is None else self._keep(np.pad(bias, (0, num_out - len(bias))))
         return CMatrix(int(matrix.kind), num_out, num_in, packed.ctypes.data, at)
+
+    def _keep_ids(self, ids: npt.NDArray[np.int32]) -> int:
+        self._memory.append(ids)
+        return int(ids.ctypes.data)
 
     def _keep(self, values: F32) -> int:
         array = np.ascontiguousarray(values, dtype=np.float32)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from shared.engine.proposer import NO_DRAFT, Ask, Draft
 from shared.engine.sequence import Sequence
+from shared.speculative.context import ProposerContext
 from shared.speculative.suffix_automaton import ROOT, SuffixAutomaton
 
 MAX_OWN_TOKENS = 16384
@@ -105,6 +106,11 @@ class SuffixProposer:
         begin = max(0, len(sequence.tokens) - _CATCH_UP)
         reader.matches = [known.get(id(store)) or _Match(store, begin) for store in stores]
         return reader.matches
+
+
+def make(context: ProposerContext) -> SuffixProposer:
+    """For the registry."""
+    return SuffixProposer()
 
 
 def _read_own(own: SuffixAutomaton, tokens: list[int]) -> bool:

@@ -20,6 +20,7 @@ from shared.kv.layout import KVLayout
 from shared.model.invariance import ProbeResult, numerics_fingerprint, probe
 from shared.model.language_model import LanguageModel
 from shared.model.source import ModelSource
+from shared.speculative.context import ProposerContext
 from shared.speculative.registry import load_proposer
 from shared.worker.kernels import choose_kernels, make_runner
 
@@ -80,22 +81,25 @@ def build_engine(
         reserve_blocks=max(1, 32 // settings.block_size),
     )
     runner = make_runner(decoder, cache, settings.device)
-    engine = Engine(
-        runner,
-        limits,
-        prefix_caching=settings.enable_prefix_caching,
-        speculation=make_speculation(speculation, limits) if speculation is not None else None,
-    )
+    guesses = None
+    if speculation is not None:
+        context = ProposerContext(source, decoder, layout, num_blocks, speculation.draft)
+        guesses = make_speculation(speculation, limits, context)
+    engine = Engine(runner, limits, prefix_caching=settings.enable_prefix_caching, speculation=guesses)
     invariance = check_invariance(decoder, layout, settings)
     numerics = numerics_fingerprint(decoder, source, layout.dtype)
     return BuiltEngine(engine, cache, layout, numerics, max_model_len, invariance, source)
 
 
-def make_speculation(settings: SpeculationSettings, limits: SchedulerLimits) -> Speculation | None:
-    """The proposers that were asked for; None for none. Raises ConfigurationError for an unknown one."""
-    proposers = [load_proposer(name) for name in settings.proposers]
+def make_speculation(
+    settings: SpeculationSettings, limits: SchedulerLimits, context: ProposerContext
+) -> Speculation | None:
+    """The proposers asked for that have something to work with; None without any. Raises ConfigurationError."""
+    made = [load_proposer(name, context) for name in settings.proposers]
+    proposers = [proposer for proposer in made if proposer is not None]
     if not proposers:
         return None
+    log.info("speculation", proposers=[proposer.name for proposer in proposers])
     return Speculation(proposers, {}, limits.max_num_batched_tokens, settings.max_draft_tokens)
 
 

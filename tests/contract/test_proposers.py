@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from shared.engine.proposer import Ask
+from shared.engine.proposer import Ask, Proposer
 from shared.engine.sequence import Sequence
 from shared.engine.speculation import Speculation
 from shared.errors import ConfigurationError
 from shared.speculative.registry import PROPOSERS, load_proposer
+from tests.drafts import context_of, target_of, write_draft
 from tests.engine_fakes import expected_tokens, make_engine, make_sequence, output_of, run_to_end
 from tests.speculation_fakes import FREE_ROWS
 
 pytestmark = pytest.mark.parametrize("name", sorted(PROPOSERS))
+Make = Callable[[str], Proposer]
 
 PARAMS: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -24,14 +28,28 @@ PARAMS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """A new proposer by name, with a small draft for those that want one."""
+    target = target_of(tmp_path_factory.mktemp("target"))
+    context = context_of(target, write_draft(tmp_path_factory.mktemp("draft"), target, 1))
+
+    def made(name: str) -> Proposer:
+        proposer = load_proposer(name, context)
+        assert proposer is not None
+        return proposer
+
+    return made
+
+
 def repetitive(count: int) -> list[Sequence]:
     return [make_sequence([5, 6, 7, 8] * (2 + index), name=str(index), max_tokens=24) for index in range(count)]
 
 
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
 @pytest.mark.parametrize("batch", [1, 8, 32])
-def test_tokens_are_those_without_it(name: str, params: dict[str, Any], batch: int) -> None:
-    speculation = Speculation((load_proposer(name),), {1: FREE_ROWS}, max_rows=512)
+def test_tokens_are_those_without_it(name: str, make: Make, params: dict[str, Any], batch: int) -> None:
+    speculation = Speculation((make(name),), {1: FREE_ROWS}, max_rows=512)
     engine, _ = make_engine(num_blocks=600, max_num_seqs=32, speculation=speculation)
     sequences = [
         make_sequence([5, 6, 7, 8] * (2 + index % 5), name=str(index), **({"max_tokens": 24, "seed": index} | params))
@@ -44,8 +62,8 @@ def test_tokens_are_those_without_it(name: str, params: dict[str, Any], batch: i
         assert output_of(sequence) == expected_tokens(sequence.tokens[: sequence.prompt_len], sequence.params)
 
 
-def test_drafts_keep_to_what_was_asked(name: str) -> None:
-    proposer = load_proposer(name)
+def test_drafts_keep_to_what_was_asked(name: str, make: Make) -> None:
+    proposer = make(name)
     sequences = repetitive(4)
     for most in (1, 3, 8):
         drafts = proposer.propose([Ask(sequence, most) for sequence in sequences])
@@ -55,8 +73,8 @@ def test_drafts_keep_to_what_was_asked(name: str) -> None:
             assert all(0.0 <= confidence <= 1.0 for confidence in draft.confidences)
 
 
-def test_sequences_may_come_and_go_in_any_order(name: str) -> None:
-    proposer = load_proposer(name)
+def test_sequences_may_come_and_go_in_any_order(name: str, make: Make) -> None:
+    proposer = make(name)
     first, second = repetitive(2)
     proposer.forget(first)
     proposer.propose([Ask(first, 2), Ask(second, 2)])
@@ -65,12 +83,12 @@ def test_sequences_may_come_and_go_in_any_order(name: str) -> None:
     assert len(proposer.propose([Ask(second, 2)])) == 1
 
 
-def test_guessing_is_free_or_says_what_it_costs(name: str) -> None:
-    costs = [load_proposer(name).seconds(count) for count in (1, 8, 32)]
+def test_guessing_is_free_or_says_what_it_costs(name: str, make: Make) -> None:
+    costs = [make(name).seconds(count) for count in (1, 8, 32)]
     assert costs == sorted(costs)
     assert costs[0] >= 0.0
 
 
-def test_an_unknown_name_lists_the_known_ones(name: str) -> None:
+def test_an_unknown_name_lists_the_known_ones(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=name):
-        load_proposer("oracle")
+        load_proposer("oracle", context_of(target_of(tmp_path), None))

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from shared.config import EngineSettings
 from shared.distill.corpus import Prompt, asked, encode_all, load_prompts
-from shared.distill.export import KEY
 from shared.distill.on_policy import DRAFT_TOKENS, DraftWriter
 from shared.distill.options import DistillOptions
 from shared.distill.rows import Draft, Piece, make_batch, pack
@@ -23,6 +22,7 @@ from shared.distill.student import Student, read_frozen, read_layers, refuse_tar
 from shared.distill.target import Target, best_of
 from shared.distill.texts import Text, TextStore, TextWriter, temperature_of
 from shared.errors import ConfigurationError
+from shared.model.draft import KEY
 from shared.model.source import ModelSource, resolve
 from shared.tokenizer.loader import load_tokenizer
 from tests.model_checkpoints import random_model, write_llama_gguf

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shared.engine.draft_lengths import Chain, choose_lengths
 from shared.engine.sequence import Sequence
-from shared.engine.speculation import Chain, Speculation, choose_lengths
+from shared.engine.speculation import Speculation
 from tests.engine_fakes import VOCAB, expected_tokens, make_engine, make_sequence, output_of, run_to_end
 from tests.speculation_fakes import FREE_ROWS, FixedCosts, Oracle, always
 

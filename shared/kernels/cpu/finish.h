@@ -43,7 +43,8 @@ inline void finish(const Work& work, Team::Member& me) {
                  for (int t = 0; t < count; t++)
                      store_logits(s.logits + (row + t) * m.vocab_size, at, m.vocab_size, values[t]);
              });
-    if (s.sample) work.team.each(me, rows, [&](int64_t row) { s.sampled[row] = draw(s, row, m.vocab_size); });
+    const Vocabulary words{m.vocab_size, m.head_ids};
+    if (s.sample) work.team.each(me, rows, [&](int64_t row) { s.sampled[row] = draw(s, row, words); });
 }
 
 }  // namespace SL_NS

@@ -2,6 +2,7 @@
 // functions of these headers must not be compiled with instructions that another processor lacks.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>

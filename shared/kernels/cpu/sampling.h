@@ -7,6 +7,21 @@
 
 namespace SL_NS {
 
+// The tokens of a row of logits: a whole vocabulary, or the part of one that a draft can say.
+struct Vocabulary {
+    int32_t size;
+    const int32_t* ids;  // ascending; null: logit i is token i
+
+    int32_t token(int32_t at) const { return ids ? ids[at] : at; }
+
+    // The logit of a token, -1 where there is none.
+    int32_t place(int32_t token) const {
+        if (!ids) return token < size ? token : -1;
+        const int32_t* found = std::lower_bound(ids, ids + size, token);
+        return found != ids + size && *found == token ? (int32_t)(found - ids) : -1;
+    }
+};
+
 // What the noise of one draw depends on beside the token id.
 struct NoiseKey {
     uint64_t seed;
@@ -107,31 +122,52 @@ inline int32_t draw_gumbel(const float* logits, int32_t size, double temperature
     return contest.winner();
 }
 
-// -1 when there is no memory: then the draw is left to the caller.
-inline int32_t draw_filtered(const float* logits, int32_t size, double temperature, const Filters& filters, const NoiseKey& key) {
-    static thread_local Candidates left;
-    if (!left.reserve(size)) return -1;
-    filter(logits, size, temperature, largest(logits, size), filters, left);
-    Contest contest;
+// Up to 16 tokens, in any order that ascends, with their scaled logits.
+inline void show_tokens(Contest& contest, const int32_t* tokens, const float* scaled, int count, const NoiseKey& key) {
     int32_t counters[LANES] = {};
     uint32_t lanes[4][LANES], bits[LANES] = {};
-    float scaled[LANES] = {};
-    for (int32_t first = 0; first < left.count; first += LANES) {
-        int count = left.count - first < LANES ? left.count - first : LANES;
-        const int32_t* ids = left.ids + first;
-        for (int i = 0; i < count; i++) counters[i] = ids[i] / 4;
-        I16 words[4];
-        philox(i_load(counters), key, words);
-        for (int lane = 0; lane < 4; lane++) i_store(lanes[lane], words[lane]);
-        for (int i = 0; i < count; i++) bits[i] = lanes[ids[i] % 4][i];
-        for (int i = 0; i < count; i++) scaled[i] = left.scaled[first + i];
-        contest.show(scaled, bits, count, [&](int i) { return ids[i]; });
+    float values[LANES] = {};
+    for (int i = 0; i < count; i++) counters[i] = tokens[i] / 4;
+    I16 words[4];
+    philox(i_load(counters), key, words);
+    for (int lane = 0; lane < 4; lane++) i_store(lanes[lane], words[lane]);
+    for (int i = 0; i < count; i++) bits[i] = lanes[tokens[i] % 4][i];
+    for (int i = 0; i < count; i++) values[i] = scaled[i];
+    contest.show(values, bits, count, [&](int i) { return tokens[i]; });
+}
+
+// Over all tokens of a part of a vocabulary, whose ids are not neighbours.
+inline int32_t draw_gumbel_of(const float* logits, const Vocabulary& words, double temperature, const NoiseKey& key) {
+    Contest contest;
+    float scaled[LANES];
+    for (int32_t first = 0; first < words.size; first += LANES) {
+        int count = words.size - first < LANES ? words.size - first : LANES;
+        for (int i = 0; i < count; i++) scaled[i] = scaled_logit(logits[first + i], temperature);
+        show_tokens(contest, words.ids + first, scaled, count, key);
     }
     return contest.winner();
 }
 
-// A row's logits with its adjustments made; null when there is no memory or an id is none of the vocabulary.
-inline const float* adjusted(const sl_step& step, int64_t row, int32_t vocab_size) {
+// -1 when there is no memory: then the draw is left to the caller.
+inline int32_t draw_filtered(const float* logits, const Vocabulary& words, double temperature, const Filters& filters,
+                             const NoiseKey& key) {
+    static thread_local Candidates left;
+    if (!left.reserve(words.size)) return -1;
+    filter(logits, words.size, temperature, largest(logits, words.size), filters, left);
+    Contest contest;
+    for (int32_t first = 0; first < left.count; first += LANES) {
+        int count = left.count - first < LANES ? left.count - first : LANES;
+        int32_t tokens[LANES];
+        for (int i = 0; i < count; i++) tokens[i] = words.token(left.ids[first + i]);
+        show_tokens(contest, tokens, left.scaled + first, count, key);
+    }
+    return contest.winner();
+}
+
+// A row's logits with its adjustments made; null when there is no memory or an id is none of the vocabulary. In a part of a
+// vocabulary tokens that are not there have nothing to adjust.
+inline const float* adjusted(const sl_step& step, int64_t row, const Vocabulary& words) {
+    const int32_t vocab_size = words.size;
     const float* logits = step.logits + row * vocab_size;
     int64_t begin = step.adjust_starts[row], end = step.adjust_starts[row + 1];
     if (begin == end) return logits;
@@ -144,8 +180,10 @@ inline const float* adjusted(const sl_step& step, int64_t row, int32_t vocab_siz
     if (!copy) return nullptr;
     std::memcpy(copy.get(), logits, sizeof(float) * vocab_size);
     for (int64_t i = begin; i < end; i++) {
-        if (step.adjust_ids[i] < 0 || step.adjust_ids[i] >= vocab_size) return nullptr;
-        float value = step.adjust_values[i], &logit = copy[step.adjust_ids[i]];
+        int32_t place = step.adjust_ids[i] < 0 ? -1 : words.place(step.adjust_ids[i]);
+        if (place < 0 && words.ids) continue;
+        if (place < 0) return nullptr;
+        float value = step.adjust_values[i], &logit = copy[place];
         if (step.adjust_kinds[i] == SL_ADJUST_ADD)
             logit += value;
         else
@@ -155,17 +193,19 @@ inline const float* adjusted(const sl_step& step, int64_t row, int32_t vocab_siz
 }
 
 // One row of a step, in its way; -1 where it is left to the caller.
-inline int32_t draw(const sl_step& step, int64_t row, int32_t vocab_size) {
+inline int32_t draw(const sl_step& step, int64_t row, const Vocabulary& words) {
     if (step.sample[row] == SL_SAMPLE_NONE) return -1;
-    const float* logits = adjusted(step, row, vocab_size);
+    const float* logits = adjusted(step, row, words);
     if (!logits) return -1;
     const NoiseKey key{step.seeds[row], step.ordinals[row], step.choices[row]};
     switch (step.sample[row]) {
-        case SL_SAMPLE_GREEDY: return draw_greedy(logits, vocab_size);
-        case SL_SAMPLE_GUMBEL: return draw_gumbel(logits, vocab_size, step.temperatures[row], key);
+        case SL_SAMPLE_GREEDY: return words.token(draw_greedy(logits, words.size));
+        case SL_SAMPLE_GUMBEL:
+            if (words.ids) return draw_gumbel_of(logits, words, step.temperatures[row], key);
+            return draw_gumbel(logits, words.size, step.temperatures[row], key);
     }
     const Filters filters{step.top_ks[row], step.top_ps[row], step.min_ps[row]};
-    return draw_filtered(logits, vocab_size, step.temperatures[row], filters, key);
+    return draw_filtered(logits, words, step.temperatures[row], filters, key);
 }
 
 }  // namespace SL_NS

@@ -11,7 +11,7 @@ extern "C" {
 #endif
 
 // Changes whenever the bits of a result or a struct below change; the loader refuses another number.
-#define SL_ABI 3
+#define SL_ABI 4
 
 // How a matrix is stored. Rows are outputs. Tiles of 16 rows lie one after the other; inside a tile, blocks of 32 inputs
 // (16 for SL_Q8_FLOAT16): 16 scales, 16 minima where the kind has them, then the quants, 4 inputs of each of 16 rows at a
@@ -58,6 +58,7 @@ typedef struct {
     const float* k_norm;
 } sl_layer;
 
+// `vocab_size` is the number of logits; a draft has fewer than its embedding has rows.
 typedef struct {
     int32_t vocab_size, hidden_size, inner_size, num_layers, num_heads, num_kv_heads, head_dim, max_position;
     int32_t norm, activation, gated, sliding_window;  // window 0: none
@@ -68,6 +69,7 @@ typedef struct {
     const float* positions;        // [max_position][hidden_size] or null
     const float* rotations;        // [max_position][head_dim / 2][cos, sin] or null
     sl_norm_weights final_norm;
+    const int32_t* head_ids;       // [vocab_size] ascending: the token of each logit; null: logit i is token i
 } sl_model;
 
 // The workers of one machine that share its cores: one word for each, the largest number while it is in a step, else when its

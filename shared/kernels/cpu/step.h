@@ -92,7 +92,7 @@ inline slipstream::Kernels kernels() {
                 return ((Engine*)engine)->matmul(*matrix, rows, n, out);
             },
             [](const sl_step* step, int32_t vocab_size) {
-                for (int64_t row = 0; row < step->num_logit_rows; row++) step->sampled[row] = draw(*step, row, vocab_size);
+                for (int64_t row = 0; row < step->num_logit_rows; row++) step->sampled[row] = draw(*step, row, Vocabulary{vocab_size, nullptr});
             }};
 }
 

@@ -1,0 +1,165 @@
+"""Guesses by a small model that was trained to write as the target does (`slipstream distill`).
+
+It has a paged KV cache of its own, which is rebuilt here from the tokens: nothing of it travels with a hand-off. Its
+draws have the target's noise and the request's filters, penalties and bias, so that the two agree as often as can be
+(Daliri, Musco and Suresh, arXiv 2408.07978).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence as Sequence_
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import structlog
+
+from shared.engine.batch import build_step
+from shared.engine.draws import plan_draws
+from shared.engine.noise import F32
+from shared.engine.proposer import Ask, Draft
+from shared.engine.runner import NativeRunner, Runner
+from shared.engine.scheduler import Scheduled
+from shared.engine.sequence import Sequence
+from shared.kernels.library import load_library
+from shared.kv.block_manager import BlockManager
+from shared.kv.cache import KVCache
+from shared.model.draft import Int32, load_native_draft, resolve_draft
+from shared.model.native import NativeDecoder
+from shared.speculative.context import ProposerContext
+
+log = structlog.get_logger()
+
+_CATCH_UP = 256
+"""Known tokens computed for a sequence in one step at most: a long prompt is read over several."""
+
+_FIRST_SECONDS = 0.0003
+_GROWTH = 0.5
+"""Before it is known what a step of the draft costs, and how it grows with the sequences in it."""
+
+_MEMORY = 0.9
+
+
+class _Shadow:
+    """A sequence as the draft sees it: the target's tokens and, behind them, its own guesses."""
+
+    def __init__(self, sequence: Sequence) -> None:
+        self.own = Sequence(
+            sequence.request_id, sequence.params, list(sequence.tokens), sequence.prompt_len, sequence.choices, b""
+        )
+        self._num_known = len(sequence.tokens)
+        self.drafted: list[int] = []
+        self.confidences: list[float] = []
+
+    def follow(self, sequence: Sequence) -> None:
+        """Take over what was sampled since; where it is what was guessed, it is computed already."""
+        own, at = self.own, self._num_known
+        while at < min(len(own.tokens), len(sequence.tokens)) and own.tokens[at] == sequence.tokens[at]:
+            at += 1
+        own.tokens[at:] = sequence.tokens[at:]
+        own.num_computed = min(own.num_computed, at, len(own.tokens) - 1)
+        self._num_known = len(own.tokens)
+        self.drafted, self.confidences = [], []
+
+    def next_step(self) -> Scheduled:
+        return Scheduled(self.own, min(self.own.num_pending, _CATCH_UP))
+
+    def take(self, token: int, confidence: float) -> None:
+        self.own.tokens.append(token)
+        self.drafted.append(token)
+        self.confidences.append(confidence)
+
+
+class DraftModelProposer:
+    """Implements `shared.engine.proposer.Proposer`. One ragged step of the draft for each place of the drafts."""
+
+    name = "draft"
+
+    def __init__(self, runner: Runner, head_ids: Int32, block_size: int) -> None:
+        self._runner = runner
+        self._head_ids = head_ids
+        self._block_size = block_size
+        self._blocks = BlockManager(runner.cache.num_blocks)
+        self._shadows: dict[Sequence, _Shadow] = {}
+        self._seconds: dict[int, float] = {}
+
+    def seconds(self, num_sequences: int) -> float:
+        """As observed for the nearest number of sequences."""
+        if not num_sequences:
+            return 0.0
+        if not self._seconds:
+            return _FIRST_SECONDS * math.pow(num_sequences, _GROWTH)
+        nearest = min(self._seconds, key=lambda known: abs(known - num_sequences))
+        return self._seconds[nearest] * math.pow(max(1.0, num_sequences / nearest), _GROWTH)
+
+    def propose(self, asks: Sequence_[Ask]) -> list[Draft]:
+        shadows = [self._shadow(ask.sequence) for ask in asks]
+        pairs = [(ask, shadow) for ask, shadow in zip(asks, shadows, strict=True) if self._has_room(shadow.own, ask)]
+        self._run([shadow for _, shadow in pairs])
+        for place in range(1, max(ask.max_tokens for ask in asks)):
+            self._run([shadow for ask, shadow in pairs if place < ask.max_tokens and len(shadow.drafted) == place])
+        return [Draft(tuple(shadow.drafted), tuple(shadow.confidences)) for shadow in shadows]
+
+    def forget(self, sequence: Sequence) -> None:
+        shadow = self._shadows.pop(sequence, None)
+        if shadow is not None:
+            self._blocks.release(shadow.own.block_ids)
+
+    def _shadow(self, sequence: Sequence) -> _Shadow:
+        shadow = self._shadows.setdefault(sequence, _Shadow(sequence))
+        shadow.follow(sequence)
+        return shadow
+
+    def _has_room(self, own: Sequence, ask: Ask) -> bool:
+        """Blocks for all tokens and the draft; False while none are free."""
+        missing = -(-(len(own.tokens) + ask.max_tokens) // self._block_size) - len(own.block_ids)
+        if missing > 0:
+            if not self._blocks.can_allocate(missing):
+                return False
+            own.block_ids += self._blocks.allocate(missing)
+        return True
+
+    def _run(self, shadows: list[_Shadow]) -> None:
+        """One step; those that are computed to their end are given the token that it draws."""
+        if not shadows:
+            return
+        plan = [shadow.next_step() for shadow in shadows]
+        self._runner.cache.zero(self._blocks.take_fresh())
+        began = time.perf_counter()
+        result = self._runner.run(build_step(plan, self._block_size), plan_draws(plan))
+        if all(item.num_tokens == 1 for item in plan):
+            self._observe(len(plan), time.perf_counter() - began)
+        row = 0
+        for shadow, item in zip(shadows, plan, strict=True):
+            shadow.own.num_computed += item.num_tokens
+            if not shadow.own.num_pending:
+                token = int(result.drawn[row])
+                shadow.take(token, self._confidence(result.logits[row], token))
+                row += 1
+
+    def _confidence(self, logits: F32, token: int) -> float:
+        """The probability that the draft gives a token, at temperature 1 and before filters."""
+        chosen = logits[np.searchsorted(self._head_ids, token)]
+        return 1.0 / max(1.0, float(np.exp(np.minimum(logits - chosen, 60.0)).sum()))
+
+    def _observe(self, num_sequences: int, seconds: float) -> None:
+        known = self._seconds.setdefault(num_sequences, seconds)
+        self._seconds[num_sequences] = known + (min(seconds, 3 * known) - known) * (1 - _MEMORY)
+
+
+def make(context: ProposerContext) -> DraftModelProposer | None:
+    """The draft that was asked for, on the CPU kernels; None without one. Raises as `resolve_draft`."""
+    if not context.draft:
+        return None
+    draft = resolve_draft(Path(context.draft), context.source)
+    library = load_library()
+    if not isinstance(context.model, NativeDecoder) or library is None:
+        log.warning("draft_not_used", reason="a draft model needs the native kernels")
+        return None
+    layout = replace(context.layout, num_layers=draft.config.num_layers)
+    model = load_native_draft(draft, context.source, context.model, library, layout, threads=1)
+    return DraftModelProposer(
+        NativeRunner(model, KVCache(layout, context.num_blocks)), draft.head_ids, layout.block_size
+    )

@@ -1,0 +1,41 @@
+"""Drafts of small random models: of all their layers, so that they know what comes, or of the first one only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from shared.distill.export import export_draft
+from shared.distill.student import Student, read_frozen, read_layers
+from shared.kv.layout import KVLayout
+from shared.model.source import ModelSource, resolve
+from shared.speculative.context import ProposerContext
+from tests.model_checkpoints import VOCAB_SIZE, random_model
+from tests.native_models import native
+
+HEAD_SIZE = 96
+BLOCK_SIZE = 16
+NUM_BLOCKS = 256
+
+
+def target_of(folder: Path) -> ModelSource:
+    random_model("LlamaForCausalLM", heads=4, kv_heads=2, hidden_size=64).save_pretrained(folder)
+    return resolve(str(folder))
+
+
+def write_draft(folder: Path, target: ModelSource, num_layers: int, head_size: int = HEAD_SIZE) -> Path:
+    """A draft of the target's first layers; its head has so many ids, taken at random."""
+    head_ids = np.sort(np.random.default_rng(5).permutation(VOCAB_SIZE)[:head_size]).astype(np.int64)
+    student = Student(target.config, num_layers, read_frozen(target, head_ids))
+    student.load_state_dict(read_layers(target, range(num_layers)), strict=False)
+    with torch.no_grad():
+        export_draft(folder, student, target, {"made": "for a test"})
+    return folder
+
+
+def context_of(target: ModelSource, draft: Path | None) -> ProposerContext:
+    config = target.config
+    layout = KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, BLOCK_SIZE, k_transposed=True)
+    return ProposerContext(target, native(target), layout, NUM_BLOCKS, str(draft) if draft else "")
