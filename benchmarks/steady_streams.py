@@ -44,8 +44,8 @@ class SteadyStreams:
     def gaps(self, begin: float, end: float) -> list[float]:
         """Seconds between neighbouring chunks of a stream, both within the span (as `time.perf_counter` counts).
 
-        Raises RuntimeError when a stream failed or there are no prompts left: what is measured beside fewer streams would
-        look better than it is.
+        Raises RuntimeError when a stream failed or there are no prompts left: what is measured beside fewer streams
+        would look better than it is.
         """
         failed = next((sample.error for sample in self._samples if sample.error), "")
         if failed or any(task.done() for task in self._tasks):
