@@ -38,7 +38,7 @@ PROMPT_LEN, OUTPUT_LEN = 64, 128
 PREFILLS = {512: 4, 2048: 3}
 """Prompt tokens, and requests measured one after the other with a single token of output."""
 
-RUNNING, LONG_OUTPUT_LEN, LEAD_S = 8, 1400, 1.5
+RUNNING, STREAMS_IN_ALL, LONG_OUTPUT_LEN, LEAD_S = 8, 64, 1000, 1.5
 ARRIVALS, ARRIVING = 4, 2048
 
 
@@ -89,13 +89,13 @@ def measure(options: BenchOptions) -> dict[str, Any]:
 async def gaps_beside_arrivals(options: BenchOptions) -> dict[str, Any]:
     """Running streams' gaps, alone and while long prompts arrive one after the other.
 
-    The streams are longer than all prompts take, so that each prompt is computed beside all of them; gaps count from
-    the first prompt's start to the last one's first token.
+    A stream that ends is followed by another, so that each prompt is computed beside all of them; gaps count from the
+    first prompt's start to the last one's first token.
     """
     steady = replace(options, concurrency=RUNNING, requests=RUNNING, prompt_len=PROMPT_LEN)
     alone = await run_bench(replace(steady, output_len=OUTPUT_LEN))
     arrivals = replace(options, concurrency=1, requests=ARRIVALS, warmup=0, prompt_len=ARRIVING, output_len=1, seed=77)
-    async with SteadyStreams(replace(steady, output_len=LONG_OUTPUT_LEN, seed=5)) as streams:
+    async with SteadyStreams(replace(steady, requests=STREAMS_IN_ALL, output_len=LONG_OUTPUT_LEN, seed=5)) as streams:
         await asyncio.sleep(LEAD_S)
         began = time.perf_counter()
         arrived = await run_bench(arrivals)
@@ -199,9 +199,9 @@ def main() -> None:
     for number in range(options.rounds):
         for server in servers:
             results.append(one_round(server, options.port, number))
+            write_raw(options.out, results, table=render(results).splitlines())
             print(f"round {number + 1} of {options.rounds}: {server.name} done", file=sys.stderr, flush=True)
     print(render(results))
-    write_raw(options.out, results, table=render(results).splitlines())
 
 
 if __name__ == "__main__":

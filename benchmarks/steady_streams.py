@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from itertools import pairwise
 from types import TracebackType
 
@@ -15,21 +16,21 @@ from services.bench.prompts import make_prompts
 
 
 class SteadyStreams:
-    """`options.concurrency` streams from entering to leaving, then cut off. They have to be long enough for that."""
+    """`options.concurrency` streams from entering to leaving; one that ends is followed by another at once."""
 
     def __init__(self, options: BenchOptions) -> None:
         self._options = options
-        self._samples = [Sample() for _ in range(options.concurrency)]
-        self._tasks: list[asyncio.Task[Sample]] = []
+        self._samples: list[Sample] = []
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> SteadyStreams:
         timeout = aiohttp.ClientTimeout(total=self._options.timeout_s)
         self._session = aiohttp.ClientSession(timeout=timeout, read_bufsize=MAX_LINE)
         model = self._options.model or (await self._models())[0]
-        prompts = await make_prompts(self._session, self._options, model, len(self._samples))
-        for index, (sample, prompt) in enumerate(zip(self._samples, prompts.items, strict=True)):
-            stream = stream_one(self._session, self._options, model, prompt, index, sample)
-            self._tasks.append(asyncio.create_task(stream))
+        prompts = await make_prompts(self._session, self._options, model, self._options.requests)
+        ready = iter(enumerate(prompts.items))
+        for _ in range(self._options.concurrency):
+            self._tasks.append(asyncio.create_task(self._run(ready, model)))
         return self
 
     async def __aexit__(
@@ -43,13 +44,19 @@ class SteadyStreams:
     def gaps(self, begin: float, end: float) -> list[float]:
         """Seconds between neighbouring chunks of a stream, both within the span (as `time.perf_counter` counts).
 
-        Raises RuntimeError when a stream has ended: what is measured beside fewer streams would look better than it is.
+        Raises RuntimeError when a stream failed or there are no prompts left: what is measured beside fewer streams
+        would look better than it is.
         """
-        if any(task.done() for task in self._tasks):
-            failed = next((sample.error for sample in self._samples if sample.error), "")
-            raise RuntimeError(failed or "a stream ended before what was measured beside it: make the streams longer")
+        failed = next((sample.error for sample in self._samples if sample.error), "")
+        if failed or any(task.done() for task in self._tasks):
+            raise RuntimeError(failed or "there are no prompts left for the streams: give them more")
         inside = [[at for at in sample.times if begin <= at <= end] for sample in self._samples]
         return [later - earlier for times in inside for earlier, later in pairwise(times)]
+
+    async def _run(self, prompts: Iterator[tuple[int, list[int] | str]], model: str) -> None:
+        for index, prompt in prompts:
+            self._samples.append(Sample())
+            await stream_one(self._session, self._options, model, prompt, index, self._samples[-1])
 
     async def _models(self) -> list[str]:
         async with self._session.get(self._options.url("/v1/models")) as response:
