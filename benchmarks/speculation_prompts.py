@@ -36,7 +36,8 @@ def edit(index: int) -> str:
         f"Rename the variable `total` to `amount` in {name}'s code and answer with the whole code only.\n\n"
         f"```python\ndef bill_of_{name}_{index}(orders, tax={count / 100}):\n    total = 0\n"
         "    for order in orders:\n"
-        f"        price = order.price * order.count\n        if order.count > {count}:\n            price = price * 0.9\n"
+        "        price = order.price * order.count\n"
+        f"        if order.count > {count}:\n            price = price * 0.9\n"
         "        total = total + price\n    total = total * (1 + tax)\n    return round(total, 2)\n```"
     )
 
