@@ -1,0 +1,144 @@
+"""Tokens per second with and without speculation, over kinds of prompts and streams at once, in one run.
+
+    python -m benchmarks.speculation --rounds 3 --out docs/data/speculation.json
+
+Two `slipstream serve` run side by side, one with `--speculation none`; while one is loaded the other is idle. Each cell
+is measured on both in turn, round by round, with prompts that never repeat: so many streams at once, each followed by
+another until all requests are through. Greedy or sampled with a seed; a request's answers of the two must be equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import aiohttp
+
+from benchmarks.raw import write_raw
+from benchmarks.server import slipstream
+from benchmarks.speculation_prompts import KINDS
+from services.bench.events import EventParser
+from shared.model.source import resolve
+from shared.tokenizer.codec import TextCodec
+from shared.tokenizer.loader import load_tokenizer
+
+STREAMS = {1: 3, 4: 8, 8: 16, 16: 32, 32: 48}
+"""Streams at once, and requests of a measurement."""
+
+OUTPUT_LEN = 128
+SETTLE_S = 8.0
+"""After the start, in which workers measure what their steps cost."""
+
+PORT = 18970
+
+
+async def generate(
+    session: aiohttp.ClientSession, url: str, prompt: list[int], temperature: float, seed: int
+) -> tuple[str, int]:
+    """Text and number of tokens of one streamed answer. Raises RuntimeError when it fails."""
+    body = {
+        "model": "smollm2",
+        "prompt": prompt,
+        "max_tokens": OUTPUT_LEN,
+        "temperature": temperature,
+        "seed": seed,
+        "stream": True,
+        "ignore_eos": True,
+        "stream_options": {"include_usage": True},
+    }
+    parser, text, num_tokens = EventParser(), "", 0
+    async with session.post(f"{url}/v1/completions", json=body) as response:
+        if response.status != 200:
+            raise RuntimeError(f"HTTP {response.status}: {(await response.text())[:300]}")
+        while not parser.is_done:
+            data = await response.content.readany()
+            for event in parser.feed(data) if data else parser.end():
+                text += "".join(choice.get("text") or "" for choice in event.get("choices", ()))
+                num_tokens = (event.get("usage") or {}).get("completion_tokens", num_tokens)
+            if not data and not parser.is_done:
+                raise RuntimeError("the stream broke off")
+    return text, num_tokens
+
+
+async def load(
+    url: str, prompts: Sequence[list[int]], streams: int, temperature: float
+) -> tuple[float, list[tuple[str, int]]]:
+    """Output tokens per second, and what was answered."""
+    answers = [("", 0) for _ in prompts]
+    waiting = iter(range(len(prompts)))
+
+    async def stream(session: aiohttp.ClientSession) -> None:
+        for index in waiting:
+            answers[index] = await generate(session, url, prompts[index], temperature, index)
+
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        began = time.perf_counter()
+        await asyncio.gather(*(stream(session) for _ in range(streams)))
+        seconds = time.perf_counter() - began
+    return sum(num_tokens for _, num_tokens in answers) / seconds, answers
+
+
+def measure(
+    urls: dict[str, str], codec: TextCodec, kind: str, streams: int, temperature: float, numbers: itertools.count[int]
+) -> dict[str, Any]:
+    """One cell on both servers, one after the other."""
+    texts = [KINDS[kind](next(numbers)) for _ in range(STREAMS[streams])]
+    prompts = [codec.encode_chat(codec.template.render([{"role": "user", "content": text}])) for text in texts]
+    found: dict[str, Any] = {"kind": kind, "streams": streams, "temperature": temperature}
+    answers = {}
+    for name, url in urls.items():
+        found[name], answers[name] = asyncio.run(load(url, prompts, streams, temperature))
+    if answers["with"] != answers["without"]:
+        raise RuntimeError(f"{kind}, {streams} streams: the answers differ")
+    return found
+
+
+def render(results: Sequence[dict[str, Any]]) -> str:
+    """Ratios of one round to the next as a Markdown table: median with minimum and maximum."""
+    columns = list(dict.fromkeys(result["streams"] for result in results))
+    lines = ["| prompts | " + " | ".join(map(str, columns)) + " |", "| --- |" + " --- |" * len(columns)]
+    for kind, temperature in dict.fromkeys((result["kind"], result["temperature"]) for result in results):
+        cells = []
+        for streams in columns:
+            same = [r for r in results if (r["kind"], r["temperature"], r["streams"]) == (kind, temperature, streams)]
+            ratios = [result["with"] / result["without"] for result in same]
+            speed = median(result["with"] for result in same)
+            cells.append(f"{median(ratios):.2f} [{min(ratios):.2f}-{max(ratios):.2f}], {speed:.0f}")
+        lines.append(f"| {kind}, T = {temperature:g} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--streams", type=int, nargs="*", default=list(STREAMS))
+    parser.add_argument("--temperatures", type=float, nargs="*", default=[0.0, 1.0])
+    parser.add_argument("--draft", default="", help="folder of a draft model for the server that speculates")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    codec, numbers, results = load_tokenizer(resolve("smollm2")), itertools.count(), list[dict[str, Any]]()
+    flags = ("--draft", options.draft) if options.draft else ()
+    urls = {"without": f"http://127.0.0.1:{PORT}", "with": f"http://127.0.0.1:{PORT + 1}"}
+    with (
+        slipstream("smollm2", "--speculation", "none").running(PORT),
+        slipstream("smollm2", *flags).running(PORT + 1),
+    ):
+        time.sleep(SETTLE_S)
+        for number in range(options.rounds):
+            for temperature, kind, streams in itertools.product(options.temperatures, KINDS, options.streams):
+                order = dict(reversed(urls.items())) if number % 2 else urls
+                results.append(measure(order, codec, kind, streams, temperature, numbers) | {"round": number})
+            write_raw(options.out, results, table=render(results).splitlines())
+            print(f"round {number + 1} of {options.rounds} done", file=sys.stderr, flush=True)
+    print(render(results))
+
+
+if __name__ == "__main__":
+    main()
