@@ -40,6 +40,8 @@ PREFILLS = {512: 4, 2048: 3}
 
 RUNNING, STREAMS_IN_ALL, LONG_OUTPUT_LEN, LEAD_S = 8, 64, 1000, 1.5
 ARRIVALS, ARRIVING = 4, 2048
+SETTLE_S = 8.0
+"""After the start: ours measures what its steps cost while it has nothing to do."""
 
 
 class Family:
@@ -111,6 +113,7 @@ def one_round(server: Server, port: int, number: int) -> dict[str, Any]:
     """Everything of one server, started for it and stopped afterwards."""
     found: dict[str, Any] = {"server": server.name, "round": number, "streams": {}, "prefill": {}}
     with server.running(port) as process:
+        time.sleep(SETTLE_S)
         family = Family(process.pid)
         base = BenchOptions(
             base_url=f"http://127.0.0.1:{port}", pids=(process.pid,), label=server.name, seed=number * 1000
