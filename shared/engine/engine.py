@@ -94,7 +94,7 @@ class Engine:
         speculation: Speculation | None = None,
     ) -> None:
         self._runner = runner
-        self._speculation = speculation
+        self.speculation = speculation
         self._block_size = runner.cache.layout.block_size
         self._prefix_caching = prefix_caching
         self.blocks = BlockManager(runner.cache.num_blocks)
@@ -125,7 +125,7 @@ class Engine:
     def load(self) -> Load:
         """Counts for heartbeats. From another thread they may be of two neighbouring steps, which does no harm."""
         scheduler, blocks = self.scheduler, self.blocks
-        drafted, accepted = self._speculation.totals() if self._speculation is not None else ((), ())
+        drafted, accepted = self.speculation.totals() if self.speculation is not None else ((), ())
         return Load(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting) + len(self._reservations),
@@ -148,8 +148,8 @@ class Engine:
     def free(self, sequence: Sequence) -> None:
         """End a sequence in any state and release its blocks. May be repeated."""
         self.scheduler.remove(sequence)
-        if self._speculation is not None:
-            self._speculation.forget(sequence)
+        if self.speculation is not None:
+            self.speculation.forget(sequence)
 
     def free_all(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
@@ -171,8 +171,8 @@ class Engine:
         if not plan:
             self._ran_until = 0.0
             return []
-        if self._speculation is not None:
-            plan = self._speculation.extend(plan, self.scheduler, self._runner.num_cores)
+        if self.speculation is not None:
+            plan = self.speculation.extend(plan, self.scheduler, self._runner.num_cores)
         self._zero_fresh()
         return self.commit(plan, self._run(plan))
 
@@ -254,10 +254,10 @@ class Engine:
         began = time.perf_counter()
         result = self._runner.run(step, draws)
         ended = time.perf_counter()
-        if self._speculation is not None:
-            self._speculation.observe_step(plan, ended - began)
+        if self.speculation is not None:
+            self.speculation.observe_step(plan, ended - began)
             if self._ran_until:
-                self._speculation.observe_beside(began - self._ran_until)
+                self.speculation.observe_beside(began - self._ran_until)
         self._ran_until = ended
         return result
 
@@ -289,8 +289,8 @@ class Engine:
             return tuple([self._sample_choice(sequence, choice, logits[-1], drawn[-1]) for choice in sequence.choices])
         samples = self._verify(sequence, item.draft, logits, drawn)
         self._sequence_steps += 1
-        if self._speculation is not None:
-            self._speculation.learn(item, [sampled.token for sampled in samples])
+        if self.speculation is not None:
+            self.speculation.learn(item, [sampled.token for sampled in samples])
         return samples
 
     def _verify(self, sequence: Sequence, draft: tuple[int, ...], logits: F32, drawn: list[int]) -> tuple[Sampled, ...]:

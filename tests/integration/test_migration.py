@@ -77,8 +77,9 @@ async def swept(bench: Bench, job: Job) -> str:
 
 @pytest.fixture
 async def bench(redis_url: str, deployment: str, model: Path) -> AsyncIterator[Bench]:
-    engine = {"max_num_batched_tokens": 16}
-    async with workers(redis_url, deployment, model, engine=engine) as bench:
+    """Without guesses, which would end the requests before they can be lost."""
+    engine, speculation = {"max_num_batched_tokens": 16}, {"proposers": "none"}
+    async with workers(redis_url, deployment, model, engine=engine, speculation=speculation) as bench:
         yield bench
         await bench.nothing_leaks()
 
@@ -105,6 +106,24 @@ async def test_a_decode_worker_lost_after_some_tokens(bench: Bench, params: dict
     for count in (1, 2, 17, 39):
         job = await lost_after(bench, params, count)
         assert contents(await bench.ended(job)) == expected, count
+
+
+@pytest.mark.parametrize("params", [SINGLE, CHOICES], ids=["one", "three"])
+async def test_a_decode_worker_lost_while_it_speculates(
+    redis_url: str, deployment: str, model: Path, params: dict[str, Any]
+) -> None:
+    """The next worker guesses otherwise, its store being another one, and gives the same tokens."""
+    async with workers(redis_url, deployment, model, speculation={"proposers": "none"}) as plain:
+        expected = contents(await plain.generate(PROMPT, **params))
+    async with workers(redis_url, f"{deployment}-2", model, decode=2) as bench:
+        for service in bench.decode:
+            await bench.until(lambda service=service: bool(service.engine.speculation.tables))  # type: ignore[misc]
+        for _ in range(3):
+            assert contents(await bench.generate(PROMPT, **params)) == expected
+            job = await lost_after(bench, params, 2)
+            assert contents(await bench.ended(job)) == expected
+        assert sum(sum(service.engine.load().accepted) for service in bench.decode) > 0
+        await bench.nothing_leaks()
 
 
 async def lost_after(bench: Bench, params: dict[str, Any], count: int) -> Job:

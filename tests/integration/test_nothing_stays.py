@@ -107,7 +107,8 @@ async def test_a_request_leaves_nothing_behind_and_what_does_is_noticed(
     redis_url: str, deployment: str, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exporter, "_MAX_REMEMBERED", REMEMBERED_HAND_OFFS)
-    async with stack(redis_url, deployment, model, engine={"kv_cache_tokens": FEWER_BLOCKS_THAN_REQUESTS}) as service:
+    engine, speculation = {"kv_cache_tokens": FEWER_BLOCKS_THAN_REQUESTS}, {"proposers": "none"}  # its store stays
+    async with stack(redis_url, deployment, model, engine=engine, speculation=speculation) as service:
         await warm(service)
         before = Holdings()
         await a_round(service)
