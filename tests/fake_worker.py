@@ -18,6 +18,7 @@ from shared.bus.workqueue import WorkQueue
 from shared.protocol.journal import chain
 from shared.protocol.keys import Keys
 from shared.protocol.messages import PATH_REMOTE, Job, TokenLogprob, Tokens, Usage, WorkerBeat
+from shared.tasks import end_tasks, heed_cancellation
 
 USAGE = Usage(
     path=PATH_REMOTE,
@@ -71,9 +72,7 @@ class FakeWorker:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(self._tasks)
         for role in ("prefill", "decode"):
             await self._registry.leave(f"fake-{role}")
         await self._commands.aclose()
@@ -113,6 +112,7 @@ class FakeWorker:
             while True:
                 for stream, entry, fields in await self._queue.read(8, 200):
                     group.create_task(self._serve(stream, entry, fields["id"]))
+                heed_cancellation()
 
     async def _serve(self, stream: str, entry: str, request_id: str) -> None:
         begun = await self.store.begin(stream, entry, request_id, "fake-prefill")
