@@ -11,8 +11,16 @@ from benchmarks.server import Server
 from tests.faults.ports import free_port
 
 ANSWERS = """
+import os
+import signal
 import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
+
+def end(*_):  # not by an exception, which may come where it is only reported
+    print("interrupted", flush=True)
+    os._exit(0)
+
+signal.signal(signal.SIGINT, end)
 
 class Health(BaseHTTPRequestHandler):
     def do_GET(self):
@@ -20,10 +28,7 @@ class Health(BaseHTTPRequestHandler):
         self.end_headers()
 
 print("listening", flush=True)
-try:
-    HTTPServer(("127.0.0.1", int(sys.argv[1])), Health).serve_forever()
-except KeyboardInterrupt:
-    print("interrupted", flush=True)
+HTTPServer(("127.0.0.1", int(sys.argv[1])), Health).serve_forever()
 """
 
 
