@@ -16,6 +16,9 @@ from shared.protocol.sampling import SamplingParams
 
 ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
 _CONTEXT = 192
+NUM_POSITIONS = _CONTEXT + ROWS[-1]
+"""What a model must have for its steps to be measured."""
+
 _PASSES = 3
 _REPEATS, _ENOUGH_S = 5, 0.025
 """The fastest of some steps counts, of each pass: a core that was asleep, or lent to others, is slow for a while."""

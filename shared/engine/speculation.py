@@ -60,7 +60,7 @@ class Rest:
 class Speculation:
     """Adds drafts to plans and learns from what was sampled. Lives on the engine thread.
 
-    Proposers are asked in order, those that cost nothing first; each sequence carries the first draft that came.
+    Proposers are asked in order; a sequence carries the first draft that came, or a later one that is likelier right.
     """
 
     proposers: Sequence_[Proposer]

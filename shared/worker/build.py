@@ -11,6 +11,7 @@ import structlog
 import torch
 
 from shared.config import EngineSettings, SpeculationSettings
+from shared.engine.calibration import NUM_POSITIONS
 from shared.engine.engine import Engine
 from shared.engine.scheduler import SchedulerLimits
 from shared.engine.speculation import Speculation
@@ -95,6 +96,9 @@ def make_speculation(
     settings: SpeculationSettings, limits: SchedulerLimits, context: ProposerContext
 ) -> Speculation | None:
     """The proposers asked for that have something to work with; None without any. Raises ConfigurationError."""
+    if settings.proposers and context.source.config.max_position < NUM_POSITIONS:
+        log.info("speculation_off", reason=f"the model has fewer than {NUM_POSITIONS} positions to measure steps with")
+        return None
     made = [load_proposer(name, context) for name in settings.proposers]
     proposers = [proposer for proposer in made if proposer is not None]
     if not proposers:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from shared.config import EngineSettings
+from shared.config import EngineSettings, SpeculationSettings
+from shared.engine.calibration import NUM_POSITIONS
 from shared.engine.runner import NativeRunner
 from shared.errors import ConfigurationError
 from shared.kv.layout import KVLayout
@@ -110,6 +112,17 @@ def test_torch_keeps_to_one_thread_where_the_kernels_compute(tmp_path: Path) -> 
 def test_unset_threads_are_the_cores_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5})
     assert num_threads(None) == 3
+
+
+@pytest.mark.parametrize(("max_position", "guesses"), [(CONTEXT, True), (NUM_POSITIONS - 1, False)])
+def test_a_model_too_short_to_measure_steps_with_is_served_without_guesses(
+    source: ModelSource, max_position: int, guesses: bool
+) -> None:
+    short = replace(source, config=replace(source.config, max_position=max_position))
+    settings = EngineSettings(kv_cache_tokens=512, threads=1, kernels="torch")
+    speculation = SpeculationSettings()
+    built = build_engine(short, settings, prefill_share=1.0, shared_cache=False, speculation=speculation)
+    assert (built.engine.speculation is not None) == guesses
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------
