@@ -103,10 +103,13 @@ class EngineSettings(_Section):
 
 
 class SpeculationSettings(_Section):
-    """Who guesses tokens ahead in decode workers, in the order they are asked; `none` for nobody."""
+    """Who guesses tokens ahead in decode workers, in the order they are asked; `none` for nobody.
 
-    proposers: Annotated[tuple[str, ...], NoDecode] = ("suffix", "draft")
-    draft: str = ""
+    `draft` is a folder, `none`, or `auto` for the draft that is shipped for the model.
+    """
+
+    proposers: Annotated[tuple[str, ...], NoDecode] = ("suffix", "draft", "heads")
+    draft: str = "auto"
     max_draft_tokens: int = Field(default=8, ge=1, le=128)
 
     @field_validator("proposers", mode="before")

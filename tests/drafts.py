@@ -8,8 +8,11 @@ import numpy as np
 import torch
 
 from shared.distill.export import export_draft
+from shared.distill.heads import Heads
 from shared.distill.student import Student, read_frozen, read_layers
 from shared.kv.layout import KVLayout
+from shared.model.draft import resolve_draft
+from shared.model.draft_kind import DraftKind
 from shared.model.source import ModelSource, resolve
 from shared.speculative.context import ProposerContext
 from tests.model_checkpoints import VOCAB_SIZE, random_model
@@ -31,11 +34,24 @@ def write_draft(folder: Path, target: ModelSource, num_layers: int, head_size: i
     student = Student(target.config, num_layers, read_frozen(target, head_ids))
     student.load_state_dict(read_layers(target, range(num_layers)), strict=False)
     with torch.no_grad():
-        export_draft(folder, student, target, {"made": "for a test"})
+        export_draft(folder, DraftKind.LAYERS, student, target, {"made": "for a test"})
     return folder
+
+
+def write_heads(folder: Path, target: ModelSource, num_layers: int = 1, head_size: int = HEAD_SIZE) -> Heads:
+    """Random heads; the module they were written from."""
+    head_ids = np.sort(np.random.default_rng(5).permutation(VOCAB_SIZE)[:head_size]).astype(np.int64)
+    heads = Heads(target.config, num_layers, target.config.intermediate_size, read_frozen(target, head_ids))
+    heads.start(1.0, seed=3)
+    with torch.no_grad():
+        for name, parameter in heads.named_parameters():
+            if name.endswith("down_proj.weight"):
+                parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(4))
+        export_draft(folder, DraftKind.HEADS, heads, target, {"made": "for a test"})
+    return heads
 
 
 def context_of(target: ModelSource, draft: Path | None) -> ProposerContext:
     config = target.config
     layout = KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, BLOCK_SIZE, k_transposed=True)
-    return ProposerContext(target, native(target), layout, NUM_BLOCKS, str(draft) if draft else "")
+    return ProposerContext(target, native(target), layout, NUM_BLOCKS, resolve_draft(draft, target) if draft else None)

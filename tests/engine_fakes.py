@@ -23,6 +23,7 @@ from shared.model.batch import ForwardBatch
 from shared.protocol.sampling import SamplingParams
 
 VOCAB = 50
+HIDDEN_SIZE = 64
 BLOCK_SIZE = 4
 
 
@@ -33,7 +34,7 @@ def logits_for(context: tuple[int, ...]) -> np.ndarray:
 
 
 class ContextModel:
-    """Implements `shared.model.language_model.ForwardPass`; hidden states are indices into the contexts seen."""
+    """Implements `shared.model.language_model.ForwardPass`; hidden states begin with an index into contexts seen."""
 
     row_pad = 4
 
@@ -46,7 +47,7 @@ class ContextModel:
         self.rows_run += len(batch.token_ids)
         blocks, slots = batch.slot_mapping // BLOCK_SIZE, batch.slot_mapping % BLOCK_SIZE
         kv[0, blocks, 0, 0, slots, 0] = batch.token_ids.to(kv.dtype) + 1
-        hidden = torch.zeros(len(batch.token_ids), 1, dtype=torch.float32)
+        hidden = torch.zeros(len(batch.token_ids), HIDDEN_SIZE, dtype=torch.float32)
         for group in batch.groups:
             rows = group.rows.view(group.num_seqs, group.query_len)
             for member in range(group.num_seqs):

@@ -66,8 +66,12 @@ ENGINE = (
     THREADS,
 )
 SPECULATION = (
-    Flag("--speculation", ("speculation", "proposers"), str, "Who guesses tokens ahead: suffix, draft, or none."),
-    Flag("--draft", ("speculation", "draft"), str, "Folder of a draft model, as `slipstream distill` writes it."),
+    Flag(
+        "--speculation", ("speculation", "proposers"), str, "Who guesses tokens ahead: suffix, draft, heads, or none."
+    ),
+    Flag(
+        "--draft", ("speculation", "draft"), str, "Folder of a draft as `slipstream distill` writes it, auto, or none."
+    ),
     Flag("--max-draft-tokens", ("speculation", "max_draft_tokens"), int, "Guesses for a sequence and step at most."),
 )
 TRANSFER = (

@@ -17,6 +17,7 @@ from services.cli.flags import with_flags
 from shared.config import Settings, load_settings, unknown_variables
 from shared.errors import ConfigurationError, SlipstreamError
 from shared.lifecycle import EXIT_USAGE, run_service
+from shared.model.draft_kind import DraftKind
 from shared.observability.logging import configure_logging
 
 app = typer.Typer(
@@ -157,10 +158,13 @@ def distill(
     work_dir: Annotated[Path | None, typer.Option(help="Texts and checkpoints; OUT.work when not given.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Prompts, one a line; the packaged ones when not given.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens the target writes.")] = 300_000,
+    kind: Annotated[
+        DraftKind, typer.Option(help="Heads on the target's hidden rows, or a small model of layers.")
+    ] = DraftKind.HEADS,
     layers: Annotated[int, typer.Option(help="Layers of the draft, 1 to 4.")] = 2,
     head_size: Annotated[int, typer.Option(help="Ids the draft knows.")] = 8192,
     epochs: Annotated[float, typer.Option(help="How often the texts are read.")] = 4.0,
-    on_policy: Annotated[int, typer.Option(help="Steps on drafts of the draft's own.")] = 300,
+    on_policy: Annotated[int, typer.Option(help="Steps on drafts of its own, for layers.")] = 0,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 3e-3,
     seed: Annotated[int, typer.Option(help="Same seed, same draft.")] = 0,
     *,
@@ -174,7 +178,9 @@ def distill(
     settings = _settings(overrides)
     work = out.with_name(f"{out.name}.work") if work_dir is None else work_dir
     try:
-        options = DistillOptions(out, work, prompts, tokens, layers, head_size, epochs, on_policy, learning_rate, seed)
+        options = DistillOptions(
+            out, work, prompts, kind, tokens, layers, head_size, epochs, on_policy, learning_rate, seed
+        )
     except ConfigurationError as error:
         _fail(str(error))
     raise typer.Exit(_tell(lambda: run_distill(target, settings.engine, options)))

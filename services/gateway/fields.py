@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from shared.errors import InvalidRequest
-from shared.protocol.sampling import MAX_LOGIT_BIAS
+from shared.protocol.sampling import MAX_LOGIT_BIAS, PROPOSER_NAMES
 
 MAX_PROMPTS = 1024
 """No gateway takes more, so more are not even looked at; what it takes is a setting."""
@@ -120,6 +120,17 @@ def check_token_ids(value: Any, param: str) -> tuple[int, ...]:
     if value and not 0 <= min(value) <= max(value) <= MAX_TOKEN_ID:
         raise InvalidRequest(f"{param} holds a token id that is out of vocabulary.", param)
     return tuple(value)
+
+
+def check_proposers(value: Any) -> tuple[str, ...] | None:
+    """Names as a list or with commas between them; `none` for nobody."""
+    names = value.split(",") if isinstance(value, str) else value
+    if names is None or names == ["none"]:
+        return None if names is None else ()
+    known = isinstance(names, list) and 0 < len(names) <= len(PROPOSER_NAMES)
+    if not known or any(name not in PROPOSER_NAMES for name in names):
+        raise InvalidRequest(f"speculation must be none or some of {', '.join(PROPOSER_NAMES)}.", "speculation")
+    return tuple(dict.fromkeys(names))
 
 
 def check_stop(value: Any) -> tuple[str, ...]:

@@ -74,6 +74,7 @@ def resolve_params(
         n=body.n,
         logprobs=body.logprobs_wanted,
         prompt_logprobs=_prompt_logprobs(body),
+        proposers=body.speculation,
     )
 
 

@@ -20,6 +20,7 @@ from services.gateway.fields import (
     check_logit_bias,
     check_messages,
     check_prompt,
+    check_proposers,
     check_stop,
     check_stream_options,
     check_template_kwargs,
@@ -122,6 +123,7 @@ class GenerationBody(Body):
     logit_bias: Annotated[tuple[tuple[int, float], ...], BeforeValidator(check_logit_bias)] = ()
     stop: Annotated[tuple[str, ...], BeforeValidator(check_stop)] = ()
     stop_token_ids: _StopIds = ()
+    speculation: Annotated[tuple[str, ...] | None, BeforeValidator(check_proposers)] = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True

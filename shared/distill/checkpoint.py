@@ -7,12 +7,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from shared.distill.student import Student
 from shared.distill.training import Trainer
 from shared.errors import ConfigurationError
 
@@ -28,7 +28,7 @@ class Notes:
     seconds: float
 
 
-def save_checkpoint(path: Path, trainer: Trainer, notes: Notes) -> None:
+def save_checkpoint(path: Path, trainer: Trainer[Any], notes: Notes) -> None:
     """Replace the checkpoint; a crash in the middle leaves the old one."""
     tensors = {}
     for name, parameter in trainer.student.named_parameters():
@@ -41,14 +41,14 @@ def save_checkpoint(path: Path, trainer: Trainer, notes: Notes) -> None:
     os.replace(partial, path)
 
 
-def load_checkpoint(path: Path, trainer: Trainer, run: Mapping[str, object]) -> Notes | None:
+def load_checkpoint(path: Path, trainer: Trainer[Any], run: Mapping[str, object]) -> Notes | None:
     """Bring the trainer to where it was; None when there is no checkpoint.
 
     Raises ConfigurationError when it belongs to a run with other options.
     """
     if not path.is_file():
         return None
-    device = trainer.student.head.device
+    device = next(trainer.student.parameters()).device
     with safe_open(path, "pt", device="cpu") as file:
         written = json.loads(file.metadata()["notes"])
         refuse_other_run(written["run"], run, path)
@@ -73,5 +73,5 @@ def refuse_other_run(found: Mapping[str, object], wanted: Mapping[str, object], 
         )
 
 
-def _restore(student: Student, tensors: Mapping[str, torch.Tensor]) -> None:
+def _restore(student: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     student.load_state_dict({name: tensors[name] for name, _ in student.named_parameters()})

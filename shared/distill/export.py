@@ -13,24 +13,29 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from shared.distill.heads import Heads
 from shared.distill.student import Student
 from shared.model.config import ModelConfig, RopeScaling
 from shared.model.draft import FORMAT_VERSION, HEAD_IDS, KEY
+from shared.model.draft_kind import DraftKind
 from shared.model.source import ModelSource
 
 _WEIGHTS = "model.safetensors"
 
 
-def export_draft(folder: Path, student: Student, source: ModelSource, recipe: Mapping[str, object]) -> None:
+def export_draft(
+    folder: Path, kind: DraftKind, student: Student | Heads, source: ModelSource, recipe: Mapping[str, object]
+) -> None:
     """Write `config.json`, `model.safetensors` and `recipe.json`; the weights in float16."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: parameter.detach().cpu().half() for name, parameter in student.named_parameters()}
     tensors[HEAD_IDS] = student.head_ids.cpu().int()
     save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
     (folder / _WEIGHTS).chmod(0o644)  # who trains and who serves may be two users
-    config = hf_config(source.config, student.num_layers)
+    config = hf_config(student.config, student.num_layers)
     config[KEY] = {
         "version": FORMAT_VERSION,
+        "kind": str(kind),
         "target_sha256": source.revision,
         "vocab_size": source.config.vocab_size,
     }

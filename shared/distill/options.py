@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.errors import ConfigurationError
+from shared.model.draft_kind import DraftKind
 
 MAX_LAYERS = 4
 
@@ -22,11 +23,12 @@ class DistillOptions:
     out: Path
     work: Path
     prompts: Path | None = None
+    kind: DraftKind = DraftKind.HEADS
     num_tokens: int = 300_000
     num_layers: int = 2
     head_size: int = 8192
     epochs: float = 4.0
-    on_policy_steps: int = 300
+    on_policy_steps: int = 0
     learning_rate: float = 3e-3
     seed: int = 0
     batch_rows: int = 1
@@ -46,6 +48,8 @@ class DistillOptions:
             raise ConfigurationError("--epochs and --learning-rate must be above 0")
         if self.on_policy_steps < 0 or self.seed < 0:
             raise ConfigurationError("--on-policy and --seed must be 0 or more")
+        if self.on_policy_steps and self.kind is DraftKind.HEADS:
+            raise ConfigurationError("--on-policy is for drafts with layers: heads never go on from a wrong guess")
         if self.row_tokens < self.max_new_tokens + self.max_prompt_tokens:
             raise ConfigurationError("a row must hold the longest text")
 
@@ -60,6 +64,7 @@ class DistillOptions:
     def of_weights(self) -> dict[str, object]:
         """What the weights depend on, beside the texts."""
         return {
+            "kind": str(self.kind),
             "num_tokens": self.num_tokens,
             "num_layers": self.num_layers,
             "head_size": self.head_size,

@@ -1,10 +1,10 @@
 """The whole distillation, phase after phase; each goes on where an interrupted run stopped.
 
 1. The target writes texts (`texts`), which are kept in the work folder.
-2. The student, made of layers of the target, learns the target's distributions on them: forward KL, which learns fast
-   because every id counts.
+2. The student, heads or layers, learns the target's distributions on them: forward KL, which learns fast because every
+   id counts.
 3. It goes on with total variation on the same texts: 1 - acceptance itself, which gives up what would be refused.
-4. It learns on drafts of its own that the target judges, with total variation too.
+4. Layers learn on drafts of their own that the target judges, with total variation too.
 5. The draft is exported.
 """
 
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,18 +24,20 @@ from shared.config import EngineSettings
 from shared.distill.checkpoint import Notes, load_checkpoint, refuse_other_run, save_checkpoint
 from shared.distill.corpus import digest_of, encode_all, load_prompts
 from shared.distill.export import export_draft
+from shared.distill.heads import Heads, HeadsCourse
+from shared.distill.lessons import Course
 from shared.distill.on_policy import DraftWriter
 from shared.distill.options import DistillOptions
-from shared.distill.rows import batches_of_epoch
-from shared.distill.student import Student, read_frozen, read_layers, refuse_target
+from shared.distill.student import LayersCourse, Student, read_frozen, read_layers, refuse_target
 from shared.distill.target import Target
 from shared.distill.texts import Text, TextStore, TextWriter
 from shared.distill.training import Quality, Trainer
 from shared.errors import ConfigurationError
+from shared.model.draft_kind import DraftKind
 from shared.model.source import ModelSource, read_json
 from shared.tokenizer.loader import load_tokenizer
 
-LOADING, WRITING = "loading", "writing texts"
+LOADING, WRITING, READING = "loading", "writing texts", "reading texts"
 LEARNING, SHARPENING, DRAFTING = "forward KL", "total variation", "on-policy"
 _SHARPENING_SHARE = 0.3
 _TESTS = 20
@@ -72,7 +75,7 @@ def distill(
     notes = run.go(began)
     recipe = {**options.of_texts(), **options.of_weights(), "prompts": str(options.prompts or "packaged")}
     recipe |= {"target": source.name, "num_texts": len(texts), "held_out": notes.measured, "seconds": notes.seconds}
-    export_draft(options.out, run.student, source, recipe)
+    export_draft(options.out, options.kind, run.student, source, recipe)
     return recipe
 
 
@@ -121,20 +124,30 @@ class _Training:
         config = source.config
         self._options = options
         self._report = report
-        self._held_out = [text for text in texts if text.is_held_out]
-        self._texts = [text for text in texts if not text.is_held_out]
-        if not self._held_out or not self._texts:
+        own = [text for text in texts if not text.is_held_out]
+        if len(own) in (0, len(texts)):
             raise ConfigurationError("there are too few texts to train on some and test on others; raise --tokens")
-        head_ids = likeliest_ids(self._texts, config.vocab_size, options.head_size)
-        self.student = Student(config, options.num_layers, read_frozen(source, head_ids))
-        layers = initial_layers(options.num_layers, config.num_layers)
-        self.student.load_state_dict(read_layers(source, layers))
-        self.student.to(device)
-        per_epoch = len(batches_of_epoch(self._texts, options.row_tokens, options.batch_rows, options.seed, 0))
-        self._learning_steps = max(1, round(options.epochs * per_epoch))
+        head_ids = likeliest_ids(own, config.vocab_size, options.head_size)
+        frozen = read_frozen(source, head_ids)
+        course: Course[Any]
+        if options.kind is DraftKind.HEADS:
+            report(Progress(READING, 0, 1))
+            heads = Heads(config, options.num_layers, config.intermediate_size, frozen).to(device)
+            course = HeadsCourse(heads, target, texts, options.seed)
+            self.student: Heads | Student = heads
+        else:
+            student = Student(config, options.num_layers, frozen)
+            layers = initial_layers(options.num_layers, config.num_layers)
+            student.load_state_dict(read_layers(source, layers))
+            self.student = student.to(device)
+            course = LayersCourse(student, texts, options)
+            self._drafts = DraftWriter(student, target, own, options.row_tokens, options.seed)
+        self._course = course
+        self._learning_steps = max(1, round(options.epochs * len(course.epoch(0))))
         self._sharpening_steps = round(_SHARPENING_SHARE * self._learning_steps)
-        self._trainer = Trainer(self.student, options, self._learning_steps + options.on_policy_steps)
-        self._drafts = DraftWriter(self.student, target, self._texts, options.row_tokens, options.seed)
+        self._trainer: Trainer[Any] = Trainer(
+            self.student, course, options, self._learning_steps + options.on_policy_steps
+        )
         self._path = options.work / "training.safetensors"
         self._run = {**options.of_weights(), "target": source.revision, "num_texts": len(texts)}
         self._measured: dict[str, dict[str, float]] = {}
@@ -155,10 +168,10 @@ class _Training:
 
     def _learn(self, phase: str, last: int, *, varied: bool) -> None:
         """On the target's texts up to step `last`; the epochs go on over phases."""
-        options, trainer, first, epoch = self._options, self._trainer, 0, 0
+        trainer, first, epoch = self._trainer, 0, 0
         start = self._learning_steps - self._sharpening_steps if varied else 0
         while trainer.step < last:
-            batches = batches_of_epoch(self._texts, options.row_tokens, options.batch_rows, options.seed, epoch)
+            batches = self._course.epoch(epoch)
             for batch in batches[max(0, trainer.step - first) :]:
                 if trainer.step >= last:
                     break
@@ -180,14 +193,14 @@ class _Training:
 
     def _after_step(self, phase: str, loss: float, done: int, total: int) -> None:
         if done % max(1, total // _TESTS) == 0:
-            self._quality = self._trainer.test(self._held_out)
+            self._quality = self._trainer.test()
         self._report(Progress(phase, done, total, loss, self._quality))
         if time.monotonic() - self._saved > self._options.checkpoint_s:
             self._save()
 
     def _measure(self, phase: str) -> None:
         """Note the held-out quality at the end of a phase."""
-        self._quality = self._trainer.test(self._held_out)
+        self._quality = self._trainer.test()
         self._measured[phase] = asdict(self._quality)
         self._save()
 

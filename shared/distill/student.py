@@ -15,6 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shared.distill.lessons import TEST_POSITIONS, Lesson
+from shared.distill.losses import expected_in_head, place_table
+from shared.distill.options import DistillOptions
+from shared.distill.rows import Piece, batches_of_epoch, make_batch, pack
+from shared.distill.texts import Text
 from shared.errors import ConfigurationError
 from shared.model.config import NORM_RMS, ModelConfig
 from shared.model.registry import open_reader
@@ -151,6 +156,45 @@ class Student(nn.Module):
     def logits(self, rows: Tensor) -> Tensor:
         """float32 [num_rows, head_size], in the order of `head_ids`."""
         return F.linear(rows, self.head.to(rows.dtype)).float()
+
+
+Packed = list[list[Piece]]
+"""Rows of texts that are computed together."""
+
+
+class LayersCourse:
+    """Implements `Course` for a draft with layers as a decoder has them. A batch is some rows of whole texts."""
+
+    def __init__(self, student: Student, texts: Sequence[Text], options: DistillOptions) -> None:
+        self._student = student
+        self._options = options
+        self._texts = [text for text in texts if not text.is_held_out]
+        self._held_out = [text for text in texts if text.is_held_out]
+        self._device = student.head.device
+        self._table = place_table(student.head_ids.cpu().numpy(), student.config.vocab_size)
+
+    def epoch(self, number: int) -> list[Packed]:
+        options = self._options
+        return batches_of_epoch(self._texts, options.row_tokens, options.batch_rows, options.seed, number)
+
+    def held_out(self) -> list[Packed]:
+        pieces, positions = [], 0
+        for text in self._held_out:
+            if positions < TEST_POSITIONS:
+                pieces.append(Piece(text))
+                positions += text.num_generated
+        rows = pack(pieces, self._options.row_tokens)
+        return [
+            rows[first : first + self._options.batch_rows] for first in range(0, len(rows), self._options.batch_rows)
+        ]
+
+    def lessons(self, batch: Packed) -> list[Lesson]:
+        """Products in bfloat16, everything else in float32: twice as fast, and the weights themselves stay float32."""
+        laid = make_batch(batch, self._options.row_tokens, self._device)
+        with torch.autocast(self._device.type, torch.bfloat16):
+            hidden, _ = self._student(laid.token_ids, laid.positions, laid.mask)
+            logits = self._student.logits(hidden.flatten(0, 1)[laid.chosen])
+        return [Lesson(logits, expected_in_head(laid.expected, self._table, self._device))]
 
 
 def read_frozen(source: ModelSource, head_ids: npt.NDArray[np.int64]) -> Frozen:

@@ -40,7 +40,7 @@ class Distributions:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, rows: slice) -> Distributions:
+    def __getitem__(self, rows: slice | npt.NDArray[np.int64]) -> Distributions:
         return Distributions(self.ids[rows], self.logprobs[rows], self.log_rest[rows])
 
 
@@ -126,6 +126,12 @@ class Target:
     @property
     def last_logits(self) -> F32:
         return self._runner.logits
+
+    def states(self, tokens: Sequence[int], count: int) -> npt.NDArray[np.float16]:
+        """Hidden rows [count, hidden_size] of the last tokens, computed with all before. Uses the cache as `score`."""
+        blocks = list(range(1, 1 + self._layout.num_blocks(len(tokens))))
+        step = _step([(tokens, 0, blocks)], self._layout.block_size, count)
+        return self._runner.run(step, no_draws(count)).hidden.astype(np.float16)
 
     def score(self, text: Sequence[int], cuts: Sequence[int], drafts: Sequence[Sequence[int]]) -> Distributions:
         """What the target expects after each token of each draft, which goes on from the text's first `cut` tokens.

@@ -13,6 +13,7 @@ from shared.engine.batch import rows_with_logits
 from shared.engine.filters import is_filtered
 from shared.engine.sampler import is_adjusted
 from shared.engine.scheduler import Scheduled
+from shared.engine.sequence import Sequence
 
 ELSEWHERE, GREEDY, GUMBEL, FILTERED = 0, 1, 2, 3
 """`sl_sample` of the C interface: left to the engine, argmax, Gumbel-max over all ids, over what filters leave."""
@@ -44,48 +45,73 @@ def plan_draws(plan: Sequence_[Scheduled]) -> Draws:
 
     The row after a draft's tokens is drawn as it would be had they been sampled: with their ordinals and penalties.
     """
-    rows: list[_Row] = []
-    starts: list[int] = [0]
-    adjustments: list[Adjustments] = []
+    rows = _Rows()
     for item in plan:
         count = len(rows_with_logits(item))
         if not count:
             continue
         num_drawn = 1 + len(item.draft)
-        rows += [_NOTHING] * (count - num_drawn)
-        starts += [starts[-1]] * (count - num_drawn)
-        sequence = item.sequence
+        rows.skip(count - num_drawn)
         for ahead in range(num_drawn):
-            rows.append(_row(item, ahead))
-            starts.append(starts[-1])
-            if rows[-1] is not _NOTHING and is_adjusted(sequence.params, sequence.num_output + ahead):
-                adjustments.append(adjustments_of(sequence.sample_input(sequence.choices[0], item.draft[:ahead])))
-                starts[-1] += len(adjustments[-1].ids)
-    return _as_arrays(rows, starts, joined(adjustments))
+            rows.add(item, ahead)
+    return rows.as_draws()
+
+
+def plan_guesses(guessed: Sequence_[tuple[Sequence, tuple[int, ...]]]) -> Draws:
+    """One row for each sequence: as the token is drawn that comes after its tokens and these guesses behind them."""
+    rows = _Rows()
+    for sequence, guesses in guessed:
+        rows.add(Scheduled(sequence, sequence.num_pending, guesses), len(guesses))
+    return rows.as_draws()
 
 
 def no_draws(num_rows: int) -> Draws:
     """For steps whose logits alone are wanted."""
-    return _as_arrays([_NOTHING] * num_rows, [0] * (num_rows + 1), joined([]))
+    rows = _Rows()
+    rows.skip(num_rows)
+    return rows.as_draws()
 
 
-def _as_arrays(rows: list[_Row], starts: list[int], adjustments: Adjustments) -> Draws:
-    columns = zip(*rows, strict=True) if rows else ((),) * len(_NOTHING)
-    ways, seeds, ordinals, choices, temperatures, top_ks, top_ps, min_ps = columns
-    return Draws(
-        np.array(ways, dtype=np.int32),
-        np.array(seeds, dtype=np.uint64),
-        np.array(ordinals, dtype=np.uint32),
-        np.array(choices, dtype=np.uint32),
-        np.array(temperatures, dtype=np.float64),
-        np.array(top_ks, dtype=np.int32),
-        np.array(top_ps, dtype=np.float64),
-        np.array(min_ps, dtype=np.float64),
-        np.array(starts, dtype=np.int64),
-        adjustments.ids,
-        adjustments.kinds,
-        adjustments.values,
-    )
+class _Rows:
+    """Collects rows one after the other, and what is changed of the logits of each."""
+
+    def __init__(self) -> None:
+        self._rows: list[_Row] = []
+        self._starts = [0]
+        self._adjustments: list[Adjustments] = []
+
+    def skip(self, count: int) -> None:
+        """Rows that nobody draws here."""
+        self._rows += [_NOTHING] * count
+        self._starts += [self._starts[-1]] * count
+
+    def add(self, item: Scheduled, ahead: int) -> None:
+        """The row behind the item's tokens and the first `ahead` of its draft."""
+        sequence, row, end = item.sequence, _row(item, ahead), self._starts[-1]
+        self._rows.append(row)
+        if row is not _NOTHING and is_adjusted(sequence.params, sequence.num_output + ahead):
+            self._adjustments.append(adjustments_of(sequence.sample_input(sequence.choices[0], item.draft[:ahead])))
+            end += len(self._adjustments[-1].ids)
+        self._starts.append(end)
+
+    def as_draws(self) -> Draws:
+        columns = zip(*self._rows, strict=True) if self._rows else ((),) * len(_NOTHING)
+        ways, seeds, ordinals, choices, temperatures, top_ks, top_ps, min_ps = columns
+        changes = joined(self._adjustments)
+        return Draws(
+            np.array(ways, dtype=np.int32),
+            np.array(seeds, dtype=np.uint64),
+            np.array(ordinals, dtype=np.uint32),
+            np.array(choices, dtype=np.uint32),
+            np.array(temperatures, dtype=np.float64),
+            np.array(top_ks, dtype=np.int32),
+            np.array(top_ps, dtype=np.float64),
+            np.array(min_ps, dtype=np.float64),
+            np.array(self._starts, dtype=np.int64),
+            changes.ids,
+            changes.kinds,
+            changes.values,
+        )
 
 
 def _row(item: Scheduled, ahead: int) -> _Row:

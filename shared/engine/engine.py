@@ -188,7 +188,7 @@ class Engine:
             rows = slice(row, row + len(rows_with_logits(item)))
             row = rows.stop
             if item.sequence.status is Status.RUNNING:
-                outputs.append(self._commit_one(item, result.logits[rows], all_drawn[rows]))
+                outputs.append(self._commit_one(item, result.logits[rows], all_drawn[rows], result.hidden[rows]))
         return outputs
 
     def reserve(self, sequences: list[Sequence], num_tokens: int, growth: int) -> Reservation | None:
@@ -261,7 +261,7 @@ class Engine:
         self._ran_until = ended
         return result
 
-    def _commit_one(self, item: Scheduled, logits: F32, drawn: list[int]) -> Output:
+    def _commit_one(self, item: Scheduled, logits: F32, drawn: list[int], hidden: F32) -> Output:
         sequence = item.sequence
         first_row = sequence.num_computed
         sequence.num_computed += item.num_tokens
@@ -270,7 +270,7 @@ class Engine:
         try:
             if sequence.wants_prompt_logprobs:
                 self._collect_prompt_logprobs(sequence, first_row, logits)
-            samples = self._sample(item, logits, drawn) if not sequence.num_pending else ()
+            samples = self._sample(item, logits, drawn, hidden) if not sequence.num_pending else ()
         except Exception as error:  # one request's parameters must not take the batch down
             log.error("sequence_failed", request_id=sequence.request_id, error=type(error).__name__)
             self.free(sequence)
@@ -282,7 +282,7 @@ class Engine:
             self.scheduler.hold(sequence)
         return Output(sequence, samples, prompt_logprobs, sequence.num_computed)
 
-    def _sample(self, item: Scheduled, logits: F32, drawn: list[int]) -> tuple[Sampled, ...]:
+    def _sample(self, item: Scheduled, logits: F32, drawn: list[int], hidden: F32) -> tuple[Sampled, ...]:
         """Every choice of a held sequence once; of any other its next token, and more where its draft was right."""
         sequence = item.sequence
         if sequence.hold:
@@ -290,7 +290,8 @@ class Engine:
         samples = self._verify(sequence, item.draft, logits, drawn)
         self._sequence_steps += 1
         if self.speculation is not None:
-            self.speculation.learn(item, [sampled.token for sampled in samples])
+            last = len(hidden) - 1 - len(item.draft) + len(samples) - 1
+            self.speculation.learn(item, [sampled.token for sampled in samples], hidden[last])
         return samples
 
     def _verify(self, sequence: Sequence, draft: tuple[int, ...], logits: F32, drawn: list[int]) -> tuple[Sampled, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
 from typing import Protocol
 
+from shared.engine.noise import F32
 from shared.engine.sequence import Sequence
 
 
@@ -26,10 +27,14 @@ NO_DRAFT = Draft()
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """At most `max_tokens` (at least 1) are wanted after the last token of `sequence`."""
+    """At most `max_tokens` (at least 1) are wanted after the last token of `sequence`.
+
+    `hidden` [hidden_size] is the target's row that this last token was drawn from; None where it was sampled elsewhere.
+    """
 
     sequence: Sequence
     max_tokens: int
+    hidden: F32 | None = None
 
 
 class Proposer(Protocol):

@@ -22,10 +22,14 @@ from shared.model.native import NativeDecoder
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """`logits` float32 [num_logit_rows, vocab_size] on the host; `drawn` [num_logit_rows], -1 where nobody drew."""
+    """`logits` float32 [num_logit_rows, vocab_size] on the host; `drawn` [num_logit_rows], -1 where nobody drew.
+
+    `hidden` float32 [num_logit_rows, hidden_size] are the rows the logits were made of.
+    """
 
     logits: F32
     drawn: Int32
+    hidden: F32
 
 
 class Runner(Protocol):
@@ -78,9 +82,10 @@ class TorchRunner:
         hidden = self._model.forward(self._batch(step), self.cache.data)
         nothing = np.full(len(step.logit_rows), -1, dtype=np.int32)
         if not len(step.logit_rows):
-            return StepResult(np.zeros((0, 0), dtype=np.float32), nothing)
-        logits = self._model.logits(hidden[self._tensor(step.logit_rows)])
-        return StepResult(logits.float().cpu().numpy(), nothing)
+            none = np.zeros((0, 0), dtype=np.float32)
+            return StepResult(none, nothing, none)
+        rows = hidden[self._tensor(step.logit_rows)]
+        return StepResult(self._model.logits(rows).float().cpu().numpy(), nothing, rows.float().cpu().numpy())
 
     def _batch(self, step: RaggedStep) -> ForwardBatch:
         """The step's rows padded with rows of block 0, its sequences grouped by their number of new tokens."""

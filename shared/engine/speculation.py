@@ -8,10 +8,11 @@ what is not worth its rows now goes on being judged.
 from __future__ import annotations
 
 from collections.abc import Sequence as Sequence_
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from shared.engine.acceptance import Acceptance
 from shared.engine.draft_lengths import Chain, choose_lengths
+from shared.engine.noise import F32
 from shared.engine.proposer import NO_DRAFT, Ask, Draft, Proposer
 from shared.engine.scheduler import Scheduled, Scheduler
 from shared.engine.sequence import Sequence
@@ -19,6 +20,9 @@ from shared.engine.step_costs import StepCosts
 
 _SUREST = 0.98
 """What is not worth it with such chances is not worth asking for."""
+
+_LONGEST_STEP = 2.5
+"""Times a step without guesses: more tokens a second are not worth it that streams stand still and come in gulps."""
 
 _LONGEST_REST = 8
 """Steps a sequence is not asked about after guesses of no use: asking takes time, too."""
@@ -73,6 +77,7 @@ class Speculation:
     _acceptance: list[Acceptance] = field(default_factory=list)
     _guesses: dict[Sequence, Guess] = field(default_factory=dict)
     _rests: dict[Sequence, Rest] = field(default_factory=dict)
+    _hidden: dict[Sequence, F32] = field(default_factory=dict)
     _payable: dict[tuple[int, int, int], bool] = field(default_factory=dict)
     _num_cores: int = 0
 
@@ -95,7 +100,7 @@ class Speculation:
         num_rows = sum(item.num_tokens for item in plan)
         if not self._can_pay(num_rows, len(plan)):
             return plan
-        asks = [Ask(item.sequence, wanted) for item in plan if (wanted := self._wanted(item)) > 0]
+        asks = [self._ask(item, wanted) for item in plan if (wanted := self._wanted(item)) > 0]
         self._propose(asks, num_rows, len(plan))
         if not self._guesses:
             return plan
@@ -119,8 +124,9 @@ class Speculation:
         if self._num_cores and all(item.num_tokens == 1 for item in plan):
             self.costs.observe_step(sum(item.num_rows for item in plan), seconds)
 
-    def learn(self, item: Scheduled, sampled: Sequence_[int]) -> None:
-        """Compare a sequence's guess with the tokens that were sampled in its place."""
+    def learn(self, item: Scheduled, sampled: Sequence_[int], hidden: F32) -> None:
+        """Compare a sequence's guess with the tokens that were sampled in its place, the last of them from `hidden`."""
+        self._hidden[item.sequence] = hidden
         guess = self._guesses.get(item.sequence)
         if guess is None:
             return
@@ -143,6 +149,7 @@ class Speculation:
     def forget(self, sequence: Sequence) -> None:
         """The sequence has ended. May be repeated."""
         self._rests.pop(sequence, None)
+        self._hidden.pop(sequence, None)
         for proposer, acceptance in zip(self.proposers, self._acceptance, strict=True):
             proposer.forget(sequence)
             acceptance.forget(sequence)
@@ -150,12 +157,17 @@ class Speculation:
     def _wanted(self, item: Scheduled) -> int:
         """Guesses that could be of use: none where no single choice is sampled, none beyond the last token."""
         sequence = item.sequence
+        if sequence.params.proposers == ():
+            return 0
         if item.num_tokens != 1 or sequence.hold or len(sequence.choices) != 1 or sequence.wants_prompt_logprobs:
             return 0
         rest = self._rests.get(sequence)
         if rest is not None and not rest.is_over():
             return 0
         return min(self.max_draft_tokens, sequence.params.max_tokens - sequence.num_output - 1)
+
+    def _ask(self, item: Scheduled, max_tokens: int) -> Ask:
+        return Ask(item.sequence, max_tokens, self._hidden.get(item.sequence))
 
     def _propose(self, asks: list[Ask], num_rows: int, num_tokens: int) -> None:
         """A guess for each sequence, of the first proposer that has one, or of a later one that is likelier right."""
@@ -172,6 +184,9 @@ class Speculation:
                 self._rests.setdefault(ask.sequence, Rest()).begin()
 
     def _is_open(self, index: int, sequence: Sequence) -> bool:
+        allowed = sequence.params.proposers
+        if allowed is not None and self.proposers[index].name not in allowed:
+            return False
         guess = self._guesses.get(sequence)
         if guess is None:
             return True
@@ -191,18 +206,19 @@ class Speculation:
 
         chains = [Chain([acceptance.typical(ask.sequence)] * ask.max_tokens) for ask in asks]
         lengths = choose_lengths(chains, num_tokens, cost)
-        return [Ask(ask.sequence, length) for ask, length in zip(asks, lengths, strict=True) if length]
+        return [replace(ask, max_tokens=length) for ask, length in zip(asks, lengths, strict=True) if length]
 
     def _chain(self, sequence: Sequence, guess: Guess) -> Chain:
         acceptance = self._acceptance[guess.proposer]
         return Chain([acceptance.chance(sequence, confidence) for confidence in guess.draft.confidences])
 
     def _lengths(self, chains: list[Chain], num_rows: int, num_tokens: int) -> list[int]:
-        spare = self.max_rows - num_rows
+        spare, longest = self.max_rows - num_rows, _LONGEST_STEP * self.costs.whole(num_rows)
 
         def cost(lengths: list[int]) -> float:
             extra = sum(lengths)
-            return self.costs.whole(num_rows + extra) if extra <= spare else float("inf")
+            seconds = self.costs.whole(num_rows + extra) if extra <= spare else float("inf")
+            return seconds if seconds <= longest else float("inf")
 
         return choose_lengths(chains, num_tokens, cost)
 

@@ -12,7 +12,7 @@ from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-ABI = 4
+ABI = 5
 """`SL_ABI` of the header this file mirrors."""
 
 
@@ -71,6 +71,7 @@ class CModel(Structure):
         ("rotations", c_void_p),
         ("final_norm", CNorm),
         ("head_ids", c_void_p),
+        ("fuse", CMatrix),
     ]
 
 
@@ -88,7 +89,7 @@ class CStep(Structure):
             for name in ("token_ids", "positions", "slots", "starts", "block_tables", "logit_rows", "kv")
         ),
         ("num_blocks", c_int64),
-        *((name, c_void_p) for name in ("logits", "sample", *DRAW_ARRAYS, "cores", "sampled")),
+        *((name, c_void_p) for name in ("logits", "sample", *DRAW_ARRAYS, "cores", "sampled", "states", "hidden")),
     ]
 
 

@@ -123,11 +123,20 @@ class NativeDecoder:
         return shorter
 
     def run(
-        self, step: RaggedStep, kv: Tensor, draws: Draws | None = None, *, threads: int = 0, cores: CCores | None = None
-    ) -> tuple[F32, Int32]:
-        """Logits [len(logit_rows), vocab_size] and, with `draws`, the sampled ids (-1 where none was asked for).
+        self,
+        step: RaggedStep,
+        kv: Tensor | None,
+        draws: Draws | None = None,
+        *,
+        threads: int = 0,
+        cores: CCores | None = None,
+        states: F32 | None = None,
+    ) -> tuple[F32, Int32, F32]:
+        """Logits [len(logit_rows), vocab_size], the sampled ids (-1 where none was asked for), and the hidden rows.
 
-        A draft has a logit for each token that it can say.
+        A draft has a logit for each token that it can say. Hidden rows [len(logit_rows), hidden_size] are those behind
+        the final norm, which the logits are made of. `states` [num_tokens, hidden_size] are what heads go on from;
+        where no layer has attention there is no `kv`.
 
         `threads` is how many of the decoder's threads compute this step, 0 for all; with `cores` it is their share,
         counted anew as a long step goes on. No number of threads changes a bit. The logits are overwritten by the
@@ -137,21 +146,27 @@ class NativeDecoder:
         num_rows = len(step.logit_rows)
         logits = self._logits_of(num_rows)
         sampled = np.full(num_rows, -1, dtype=np.int32)
+        hidden = np.empty((num_rows, self.config.hidden_size), dtype=np.float32)
         call = CStep(len(step.token_ids), len(step.starts) - 1, step.block_tables.shape[1], num_rows, threads)
-        arrays: dict[str, npt.NDArray[Any]] = {"logits": logits, "sampled": sampled}
+        arrays: dict[str, npt.NDArray[Any]] = {"logits": logits, "sampled": sampled, "hidden": hidden}
         for name in ("token_ids", "positions", "slots", "starts", "block_tables", "logit_rows"):
             arrays[name] = getattr(step, name)
+        if states is not None:
+            if states.shape != (len(step.token_ids), self.config.hidden_size) or states.dtype != np.float32:
+                raise ValueError(f"states are {states.dtype} {states.shape}, not float32 rows of the model's width")
+            arrays["states"] = states
         if draws is not None:
             arrays["sample"] = draws.ways
             arrays |= {name: getattr(draws, name) for name in DRAW_ARRAYS}
         for name, array in arrays.items():
             setattr(call, name, address(array))
-        call.kv, call.num_blocks = kv.data_ptr(), kv.shape[1]
+        if kv is not None:
+            call.kv, call.num_blocks = kv.data_ptr(), kv.shape[1]
         call.cores = ctypes.addressof(cores) if cores else None
         began = time.thread_time()
         self._library.run(self._engine, call)
         self.run_s += time.thread_time() - began
-        return logits, sampled
+        return logits, sampled, hidden
 
     def _check(self, step: RaggedStep) -> None:
         """Compiled code reads where it is told to: what comes from outside is bounded here."""

@@ -31,7 +31,14 @@ from shared.protocol.messages import (
     Usage,
     WorkerBeat,
 )
-from shared.protocol.sampling import MAX_CHOICES, MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_IDS, SamplingParams
+from shared.protocol.sampling import (
+    MAX_CHOICES,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_STOP_IDS,
+    PROPOSER_NAMES,
+    SamplingParams,
+)
 
 MAX_MESSAGE_BYTES = 32 << 20
 MAX_TOKENS = 1 << 20
@@ -91,6 +98,14 @@ class _Fields:
         if type(value) is not float or not math.isfinite(value):
             raise self.bad("a finite number")
         return value
+
+    def optional_words(self, *words: str) -> tuple[str, ...] | None:
+        value = self.take()
+        if value is None:
+            return None
+        if type(value) is not list or len(value) > len(words) or any(word not in words for word in value):
+            raise self.bad(f"some of {', '.join(words)}")
+        return tuple(value)
 
     def text(self, limit: int = MAX_NAME) -> str:
         value = self.take()
@@ -312,11 +327,12 @@ def _pack_params(p: SamplingParams) -> list[Any]:
         *map(float, floats),
         bias,
         p.stop_ids,
+        p.proposers,
     ]
 
 
 def _unpack_params(items: object) -> SamplingParams:
-    f = _Fields(items, "SamplingParams", 15)
+    f = _Fields(items, "SamplingParams", 16)
     max_tokens, seed, min_tokens = f.integer(0, MAX_TOKENS), f.integer(0, MAX_SEED), f.integer(0, MAX_TOKENS)
     top_k, n = f.integer(0, MAX_TOKEN_ID), f.integer(1, MAX_CHOICES)
     logprobs, prompt_logprobs = f.optional_int(MAX_LOGPROBS), f.optional_int(MAX_LOGPROBS)
@@ -340,6 +356,7 @@ def _unpack_params(items: object) -> SamplingParams:
         n=n,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        proposers=f.optional_words(*PROPOSER_NAMES),
     )
 
 

@@ -13,6 +13,9 @@ MAX_LOGPROBS = 20
 MAX_STOP_IDS = 64
 MAX_LOGIT_BIAS = 1024
 
+PROPOSER_NAMES = ("suffix", "draft", "heads")
+"""Who may guess tokens ahead (`shared.speculative.registry`)."""
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -22,7 +25,8 @@ class SamplingParams:
     ignore_eos) and the request's stop_token_ids. `min_tokens` masks all of them. `seed` is
     unsigned 64-bit; the gateway draws it when the client gives none, so that a retry repeats the
     same tokens. `temperature` below 1e-5 is argmax. `top_k` 0 is off. `logprobs` None is off,
-    k ≥ 0 asks for the chosen token's log-prob and the k best. `prompt_logprobs` likewise.
+    k ≥ 0 asks for the chosen token's log-prob and the k best. `prompt_logprobs` likewise. `proposers` are those of the
+    worker's that may guess tokens of this request, None for all: they change how fast tokens come, and no token.
     """
 
     max_tokens: int
@@ -40,6 +44,7 @@ class SamplingParams:
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    proposers: tuple[str, ...] | None = None
 
     @property
     def is_greedy(self) -> bool:

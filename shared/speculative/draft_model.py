@@ -7,39 +7,26 @@ draws have the target's noise and the request's filters, penalties and bias, so 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence as Sequence_
 from dataclasses import replace
-from pathlib import Path
-
-import numpy as np
-import structlog
 
 from shared.engine.batch import build_step
 from shared.engine.draws import plan_draws
-from shared.engine.noise import F32
 from shared.engine.proposer import Ask, Draft
 from shared.engine.runner import NativeRunner, Runner
 from shared.engine.scheduler import Scheduled
 from shared.engine.sequence import Sequence
-from shared.kernels.library import load_library
 from shared.kv.block_manager import BlockManager
 from shared.kv.cache import KVCache
-from shared.model.draft import Int32, load_native_draft, resolve_draft
-from shared.model.native import NativeDecoder
+from shared.model.draft import Int32
+from shared.model.draft_kind import DraftKind
 from shared.speculative.context import ProposerContext
-
-log = structlog.get_logger()
+from shared.speculative.drafts import open_draft
+from shared.speculative.pace import Pace, confidence
 
 _CATCH_UP = 256
 """Known tokens computed for a sequence in one step at most: a long prompt is read over several."""
-
-_FIRST_SECONDS = 0.0003
-_GROWTH = 0.5
-"""Before it is known what a step of the draft costs, and how it grows with the sequences in it."""
-
-_MEMORY = 0.9
 
 
 class _Shadow:
@@ -83,16 +70,11 @@ class DraftModelProposer:
         self._block_size = block_size
         self._blocks = BlockManager(runner.cache.num_blocks)
         self._shadows: dict[Sequence, _Shadow] = {}
-        self._seconds: dict[int, float] = {}
+        self._pace = Pace()
 
     def seconds(self, num_sequences: int) -> float:
         """As observed for the nearest number of sequences."""
-        if not num_sequences:
-            return 0.0
-        if not self._seconds:
-            return _FIRST_SECONDS * math.pow(num_sequences, _GROWTH)
-        nearest = min(self._seconds, key=lambda known: abs(known - num_sequences))
-        return self._seconds[nearest] * math.pow(max(1.0, num_sequences / nearest), _GROWTH)
+        return self._pace.seconds(num_sequences)
 
     def propose(self, asks: Sequence_[Ask]) -> list[Draft]:
         shadows = [self._shadow(ask.sequence) for ask in asks]
@@ -130,36 +112,23 @@ class DraftModelProposer:
         began = time.perf_counter()
         result = self._runner.run(build_step(plan, self._block_size), plan_draws(plan))
         if all(item.num_tokens == 1 for item in plan):
-            self._observe(len(plan), time.perf_counter() - began)
+            self._pace.observe(len(plan), time.perf_counter() - began)
         row = 0
         for shadow, item in zip(shadows, plan, strict=True):
             shadow.own.num_computed += item.num_tokens
             if not shadow.own.num_pending:
                 token = int(result.drawn[row])
-                shadow.take(token, self._confidence(result.logits[row], token))
+                shadow.take(token, confidence(result.logits[row], self._head_ids, token))
                 row += 1
-
-    def _confidence(self, logits: F32, token: int) -> float:
-        """The probability that the draft gives a token, at temperature 1 and before filters."""
-        chosen = logits[np.searchsorted(self._head_ids, token)]
-        return 1.0 / max(1.0, float(np.exp(np.minimum(logits - chosen, 60.0)).sum()))
-
-    def _observe(self, num_sequences: int, seconds: float) -> None:
-        known = self._seconds.setdefault(num_sequences, seconds)
-        self._seconds[num_sequences] = known + (min(seconds, 3 * known) - known) * (1 - _MEMORY)
 
 
 def make(context: ProposerContext) -> DraftModelProposer | None:
-    """The draft that was asked for, on the CPU kernels; None without one. Raises as `resolve_draft`."""
-    if not context.draft:
+    """On the draft that the worker has; None where that is of another kind or cannot be computed here."""
+    opened = open_draft(context, DraftKind.LAYERS)
+    if opened is None:
         return None
-    draft = resolve_draft(Path(context.draft), context.source)
-    library = load_library()
-    if not isinstance(context.model, NativeDecoder) or library is None:
-        log.warning("draft_not_used", reason="a draft model needs the native kernels")
-        return None
+    draft, model = opened
     layout = replace(context.layout, num_layers=draft.config.num_layers)
-    model = load_native_draft(draft, context.source, context.model, library, layout, threads=1)
     return DraftModelProposer(
         NativeRunner(model, KVCache(layout, context.num_blocks)), draft.head_ids, layout.block_size
     )

@@ -11,6 +11,7 @@ from shared.speculative.context import ProposerContext
 PROPOSERS = {
     "suffix": "shared.speculative.suffix:make",
     "draft": "shared.speculative.draft_model:make",
+    "heads": "shared.speculative.heads:make",
 }
 
 

@@ -22,6 +22,7 @@ from shared.model.invariance import ProbeResult, numerics_fingerprint, probe
 from shared.model.language_model import LanguageModel
 from shared.model.source import ModelSource
 from shared.speculative.context import ProposerContext
+from shared.speculative.drafts import find_draft
 from shared.speculative.registry import load_proposer
 from shared.worker.kernels import choose_kernels, make_runner
 
@@ -84,7 +85,8 @@ def build_engine(
     runner = make_runner(decoder, cache, settings.device)
     guesses = None
     if speculation is not None:
-        context = ProposerContext(source, decoder, layout, num_blocks, speculation.draft)
+        draft = find_draft(speculation.draft, source)
+        context = ProposerContext(source, decoder, layout, num_blocks, draft)
         guesses = make_speculation(speculation, limits, context)
     engine = Engine(runner, limits, prefix_caching=settings.enable_prefix_caching, speculation=guesses)
     invariance = check_invariance(decoder, layout, settings)

@@ -6,15 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from shared.engine.proposer import Ask, Proposer
 from shared.engine.sequence import Sequence
 from shared.engine.speculation import Speculation
 from shared.errors import ConfigurationError
+from shared.protocol.sampling import PROPOSER_NAMES
 from shared.speculative.registry import PROPOSERS, load_proposer
-from tests.drafts import context_of, target_of, write_draft
-from tests.engine_fakes import expected_tokens, make_engine, make_sequence, output_of, run_to_end
+from tests.drafts import context_of, target_of, write_draft, write_heads
+from tests.engine_fakes import VOCAB, expected_tokens, logits_for, make_engine, make_sequence, output_of, run_to_end
 from tests.speculation_fakes import FREE_ROWS
 
 pytestmark = pytest.mark.parametrize("name", sorted(PROPOSERS))
@@ -32,10 +34,12 @@ PARAMS: dict[str, dict[str, Any]] = {
 def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     """A new proposer by name, with a small draft for those that want one."""
     target = target_of(tmp_path_factory.mktemp("target"))
-    context = context_of(target, write_draft(tmp_path_factory.mktemp("draft"), target, 1))
+    layers = write_draft(tmp_path_factory.mktemp("draft"), target, 1)
+    heads = tmp_path_factory.mktemp("heads")
+    write_heads(heads, target)
 
     def made(name: str) -> Proposer:
-        proposer = load_proposer(name, context)
+        proposer = load_proposer(name, context_of(target, heads if name == "heads" else layers))
         assert proposer is not None
         return proposer
 
@@ -60,6 +64,71 @@ def test_tokens_are_those_without_it(name: str, make: Make, params: dict[str, An
     run_to_end(engine)
     for sequence in sequences:
         assert output_of(sequence) == expected_tokens(sequence.tokens[: sequence.prompt_len], sequence.params)
+
+
+def test_names_on_the_bus_are_those_of_the_registry(name: str) -> None:
+    assert name in PROPOSER_NAMES
+    assert len(PROPOSER_NAMES) == len(PROPOSERS)
+
+
+# --- the distribution -------------------------------------------------------------------------------------------------
+
+DRAWS = 3000
+PLACE = 2
+
+
+def distribution(prompt: list[int], place: int, temperature: float) -> np.ndarray:
+    """Of the token `place` tokens behind the prompt: the fake model's softmax, summed over all that may come before."""
+    reached: dict[tuple[int, ...], float] = {tuple(prompt): 1.0}
+    for _ in range(place):
+        reached = {
+            (*context, token): weight * chance
+            for context, weight in reached.items()
+            for token, chance in enumerate(softmax(logits_for(context) / temperature))
+        }
+    parts = [weight * softmax(logits_for(context) / temperature) for context, weight in reached.items()]
+    return np.asarray(np.sum(parts, axis=0))
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    values = np.exp(logits.astype(np.float64) - logits.max())
+    return np.asarray(values / values.sum())
+
+
+def is_drawn_from(counts: np.ndarray, chances: np.ndarray) -> bool:
+    """Pearson's chi-square test at a level of 1e-4; tokens expected less than five times are one outcome together."""
+    expected = counts.sum() * chances
+    rare = expected < 5
+    found, wanted = np.append(counts[~rare], counts[rare].sum()), np.append(expected[~rare], expected[rare].sum())
+    statistic = ((found - wanted) ** 2 / np.maximum(wanted, 1e-9)).sum()
+    freedom = len(found) - 1
+    return bool(statistic < freedom * (1 - 2 / (9 * freedom) + 3.72 * (2 / (9 * freedom)) ** 0.5) ** 3)
+
+
+def drawn_with(speculation: Speculation, prompt: list[int], temperature: float) -> np.ndarray:
+    """How often each token came `PLACE` tokens behind the prompt, for as many seeds as `DRAWS`."""
+    engine, _ = make_engine(num_blocks=600, max_num_seqs=64, speculation=speculation)
+    counts = np.zeros(VOCAB)
+    for first in range(0, DRAWS, 100):
+        sequences = [
+            make_sequence(prompt, name=str(seed), seed=seed, max_tokens=PLACE + 3, temperature=temperature)
+            for seed in range(first, first + 100)
+        ]
+        for sequence in sequences:
+            engine.add(sequence)
+        run_to_end(engine)
+        for sequence in sequences:
+            counts[output_of(sequence)[PLACE]] += 1
+    return counts
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_what_is_sampled_has_the_targets_distribution(name: str, make: Make, temperature: float) -> None:
+    speculation = Speculation((make(name),), {1: FREE_ROWS}, max_rows=512)
+    counts = drawn_with(speculation, prompt := [5, 6, 7, 8, 5, 6, 7], temperature)
+    assert speculation.totals()[0][0] > 0, "nothing was guessed"
+    assert is_drawn_from(counts, distribution(prompt, PLACE, temperature))
+    assert not is_drawn_from(counts, distribution(prompt, PLACE, temperature + 0.3)), "the test would see nothing"
 
 
 def test_drafts_keep_to_what_was_asked(name: str, make: Make) -> None:

@@ -58,7 +58,7 @@ def test_progress_shows_phase_loss_and_acceptance(terminal: bool) -> None:
     stream = io.StringIO()
     with DistillProgress(Console(file=stream, force_terminal=terminal, width=160)) as progress:
         progress.update(Progress(WRITING, 5, 100))
-        progress.update(Progress(LEARNING, 3, 10, 1.25, Quality(0.4, 0.5, 2.0)))
+        progress.update(Progress(LEARNING, 3, 10, 1.25, Quality(0.4, 0.5, 2.0, [0.4])))
     assert WRITING in stream.getvalue()
     assert f"{LEARNING}" in stream.getvalue()
     assert "3/10" in stream.getvalue()

@@ -22,7 +22,7 @@ from shared.protocol.codec import (
     unpack,
 )
 from shared.protocol.messages import End, Job, Marker, TokenLogprob, Tokens, Usage, WorkerBeat
-from shared.protocol.sampling import MAX_CHOICES, SamplingParams
+from shared.protocol.sampling import MAX_CHOICES, PROPOSER_NAMES, SamplingParams
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 ids = st.lists(st.integers(0, 2**31 - 1), max_size=20).map(tuple)
@@ -51,6 +51,7 @@ params = st.builds(
     n=st.integers(1, MAX_CHOICES),
     logprobs=st.none() | st.integers(0, 20),
     prompt_logprobs=st.none() | st.integers(0, 20),
+    proposers=st.none() | st.lists(st.sampled_from(PROPOSER_NAMES), max_size=3).map(tuple),
 )
 jobs = st.builds(
     Job,

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from shared.config import EngineSettings
 from shared.distill.corpus import Prompt, asked, encode_all, load_prompts
+from shared.distill.heads import NUM_PLACES, Heads, HeadsCourse
 from shared.distill.on_policy import DRAFT_TOKENS, DraftWriter
 from shared.distill.options import DistillOptions
 from shared.distill.rows import Draft, Piece, make_batch, pack
@@ -22,7 +23,8 @@ from shared.distill.student import Student, read_frozen, read_layers, refuse_tar
 from shared.distill.target import Target, best_of
 from shared.distill.texts import Text, TextStore, TextWriter, temperature_of
 from shared.errors import ConfigurationError
-from shared.model.draft import KEY
+from shared.model.draft import KEY, resolve_draft
+from shared.model.draft_kind import DraftKind
 from shared.model.source import ModelSource, resolve
 from shared.tokenizer.loader import load_tokenizer
 from tests.model_checkpoints import random_model, write_llama_gguf
@@ -66,6 +68,7 @@ def options(tmp_path: Path) -> DistillOptions:
         tmp_path / "draft",
         tmp_path / "work",
         prompts,
+        kind=DraftKind.LAYERS,
         num_tokens=1200,
         num_layers=2,
         head_size=400,
@@ -265,7 +268,7 @@ def test_a_run_teaches_and_exports_a_draft_and_equal_seeds_give_equal_drafts(
     assert measured[DRAFTING]["acceptance"] > measured["initial"]["acceptance"] + 0.02
     tensors = weights(options)
     config = json.loads((options.out / "config.json").read_text())
-    assert config[KEY] == {"version": 1, "target_sha256": source.revision, "vocab_size": VOCAB}
+    assert config[KEY] == {"version": 2, "kind": "layers", "target_sha256": source.revision, "vocab_size": VOCAB}
     assert config["num_hidden_layers"] == 2 < LAYERS
     head_ids = tensors.pop("head_ids")
     assert head_ids.dtype == torch.int32
@@ -323,3 +326,67 @@ def test_the_head_has_the_ids_the_target_expects_most(texts: list[Text]) -> None
 def test_bad_options_are_refused(options: DistillOptions, change: dict[str, float]) -> None:
     with pytest.raises(ConfigurationError):
         replace(options, **change)  # type: ignore[arg-type]
+
+
+# --- heads ------------------------------------------------------------------------------------------------------------
+
+
+def of_heads(options: DistillOptions) -> DistillOptions:
+    return replace(options, kind=DraftKind.HEADS, num_layers=1, epochs=8, on_policy_steps=0)
+
+
+def test_heads_learn_are_exported_and_come_out_the_same_after_interruptions(
+    source: ModelSource, options: DistillOptions, tmp_path: Path
+) -> None:
+    options = of_heads(options)
+    whole = replace(options, out=tmp_path / "whole", work=tmp_path / "whole.work")
+    held_out = distill(source, SETTINGS, whole, nothing)["held_out"]
+    assert isinstance(held_out, dict)
+    assert list(held_out) == ["initial", LEARNING, SHARPENING]
+    assert held_out[SHARPENING]["acceptance"] > held_out["initial"]["acceptance"] + 0.02
+    assert len(held_out[SHARPENING]["by_place"]) == NUM_PLACES
+    tensors = weights(whole)
+    head_ids = tensors.pop("head_ids").long().numpy()
+    heads = Heads(source.config, 1, source.config.intermediate_size, read_frozen(source, head_ids))
+    heads.load_state_dict(tensors)
+    assert resolve_draft(whole.out, source).kind is DraftKind.HEADS
+
+    for phase, done in ((WRITING, 900), (LEARNING, 3), (SHARPENING, 2)):
+        with pytest.raises(KeyboardInterrupt):
+            distill(source, SETTINGS, options, stopping(phase, done))
+    distill(source, SETTINGS, options, nothing)
+    assert same(weights(options), weights(whole))
+
+
+def test_a_chain_is_taught_what_the_target_expects_where_it_stands(
+    source: ModelSource, target: Target, texts: list[Text]
+) -> None:
+    """Each place of a chain beside the obvious way: text by text, token by token, from the states of one pass."""
+    head_ids = np.arange(VOCAB)
+    heads = Heads(source.config, 1, 64, read_frozen(source, head_ids))
+    course = HeadsCourse(heads, target, texts, seed=1)
+    batches = course.epoch(0)
+    trained = sum(max(0, text.num_generated - 1) for text in texts if not text.is_held_out)
+    assert sorted(np.concatenate(batches).tolist()) == sorted(set(np.concatenate(batches).tolist()))
+    assert sum(map(len, batches)) == trained
+    assert [batch.tolist() for batch in course.epoch(0)] == [batch.tolist() for batch in batches]
+    first = next(index for index, text in enumerate(texts) if text.num_generated > 4 and not text.is_held_out)
+    at = sum(text.num_generated for text in texts[:first])
+    text = texts[first]
+    with torch.no_grad():
+        lessons = course.lessons(np.array([at]))
+        states = torch.from_numpy(target.states(text.tokens.tolist(), len(text.tokens))).float()
+        state = states[text.prompt_len - 1][None]
+        for place, lesson in enumerate(lessons):
+            token = torch.tensor([int(text.tokens[text.prompt_len + place])])
+            with torch.autocast("cpu", torch.bfloat16):
+                state = heads(state, token)
+                logits = heads.logits(state)
+            assert torch.equal(logits, lesson.logits)
+            assert lesson.expected.best.item() == text.expected.ids[place + 1, 0]
+    assert [lesson.weight for lesson in lessons] == sorted((lesson.weight for lesson in lessons), reverse=True)
+
+
+def test_heads_do_not_learn_from_drafts_of_their_own(options: DistillOptions) -> None:
+    with pytest.raises(ConfigurationError, match="--on-policy"):
+        replace(of_heads(options), on_policy_steps=3)

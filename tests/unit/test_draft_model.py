@@ -223,6 +223,7 @@ def _changed(folder: Path, into: Path, change: Callable[[dict[str, Any]], None])
     [
         (lambda c: c["slipstream_draft"].update(target_sha256="0"), ConfigurationError, "another model"),
         (lambda c: c["slipstream_draft"].update(version=99), ModelFormatError, "not a draft"),
+        (lambda c: c["slipstream_draft"].update(kind="oracle"), ModelFormatError, "heads, layers"),
         (lambda c: c.pop("slipstream_draft"), ModelFormatError, "not a draft"),
         (lambda c: c.update(hidden_size=32), ModelFormatError, "hidden_size"),
         (lambda c: c.update(rope_theta=5.0), ModelFormatError, "rope_theta"),

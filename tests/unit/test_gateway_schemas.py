@@ -59,6 +59,23 @@ def test_values_at_the_edges_are_accepted() -> None:
     assert chat(top_k=2**40).top_k == 2**40
 
 
+def test_proposers_are_named_as_on_the_command_line() -> None:
+    assert chat().speculation is None
+    assert chat(speculation=None).speculation is None
+    assert chat(speculation="none").speculation == ()
+    assert chat(speculation=["none"]).speculation == ()
+    assert chat(speculation="suffix,heads").speculation == ("suffix", "heads")
+    assert chat(speculation=["draft", "draft"]).speculation == ("draft",)
+
+
+@pytest.mark.parametrize(
+    "value", ["", "oracle", "none,suffix", [], [None], ["suffix"] * 4, 5, True, {"suffix": 1}, [["a"]]]
+)
+def test_unknown_proposers_are_refused_with_the_known_ones(value: object) -> None:
+    with pytest.raises(InvalidRequest, match="suffix, draft, heads"):
+        chat(speculation=value)
+
+
 def test_equal_limits_under_both_names_are_fine_and_the_new_name_counts() -> None:
     assert chat(max_tokens=4, max_completion_tokens=4).tokens_wanted == 4
     assert chat(max_completion_tokens=7).tokens_wanted == 7

@@ -50,7 +50,8 @@ def run(decoder: NativeDecoder, plan: list[Scheduled]) -> tuple[np.ndarray, np.n
     config = decoder.config
     num_blocks = 1 + BLOCKS_EACH * len(plan)
     kv = torch.zeros((config.num_layers, num_blocks, 2, config.num_kv_heads, 16, config.head_dim))
-    return decoder.run(build_step(plan, 16), kv, plan_draws(plan))
+    logits, drawn, _ = decoder.run(build_step(plan, 16), kv, plan_draws(plan))
+    return logits, drawn
 
 
 def wanted(item: Scheduled, logits: np.ndarray) -> int:

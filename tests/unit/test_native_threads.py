@@ -56,7 +56,7 @@ def computed(decoder: NativeDecoder, thread_counts: list[int], cores: CCores | N
     found = []
     for index, threads in enumerate(thread_counts):
         plan = planned(1 if index else max(LENGTHS))
-        logits, sampled = decoder.run(build_step(plan, 16), kv, plan_draws(plan), threads=threads, cores=cores)
+        logits, sampled, _ = decoder.run(build_step(plan, 16), kv, plan_draws(plan), threads=threads, cores=cores)
         found += [logits.tobytes(), sampled.tobytes(), kv.numpy().tobytes()]
     return found
 

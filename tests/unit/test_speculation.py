@@ -64,6 +64,18 @@ def test_drafts_change_no_token(params: dict[str, Any], wrong: float) -> None:
     assert engine.blocks.num_free == engine.blocks.num_usable
 
 
+@pytest.mark.parametrize(("allowed", "guessed"), [(None, True), (("oracle",), True), ((), False), (("suffix",), False)])
+def test_a_request_says_who_may_guess(allowed: tuple[str, ...] | None, guessed: bool) -> None:
+    speculation = always(Oracle(0.0))
+    engine, _ = make_engine(speculation=speculation)
+    sequences = sequences_of({"temperature": 1.0, "proposers": allowed})
+    for sequence in sequences:
+        engine.add(sequence)
+    run_to_end(engine)
+    check(sequences)
+    assert (speculation.counts["oracle"].drafted[0] > 0) == guessed
+
+
 def test_blocks_filled_under_speculation_serve_the_next_request() -> None:
     """Published blocks hold accepted tokens only: what was computed for wrong guesses is in no prefix."""
     engine, _ = make_engine(num_blocks=200, speculation=always(Oracle(0.5)))

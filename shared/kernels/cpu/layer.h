@@ -61,19 +61,29 @@ inline void feed_forward(const Work& work, Team::Member& me, const sl_layer& lay
     });
 }
 
-inline void forward_layer(const Work& work, Team::Member& me, int index) {
-    const sl_layer& layer = work.model.layers[index];
+inline void attention_half(const Work& work, Team::Member& me, const sl_layer& layer, int index) {
     const Attending attending(work, layer, index);
-    const bool is_last = index + 1 == work.model.num_layers;
     expect(work.team, me, layer.attn_out);
     project(work, me, layer, normed(work, me, layer.attn_norm, has_quantised_qkv(layer)));
     attending.append(me);
     attending.attend(me);
     expect(work.team, me, layer.into);
     multiply_onto_hidden(work, me, layer.attn_out, attending.attended(me));
+}
+
+// What a step reads first behind this layer.
+inline const sl_matrix& matrix_after(const sl_model& model, int index) {
+    if (index + 1 == model.num_layers) return model.lm_head;
+    const sl_layer& next = model.layers[index + 1];
+    return next.num_qkv ? next.qkv[0] : next.into;
+}
+
+inline void forward_layer(const Work& work, Team::Member& me, int index) {
+    const sl_layer& layer = work.model.layers[index];
+    if (layer.num_qkv) attention_half(work, me, layer, index);
     expect(work.team, me, layer.out);
     feed_forward(work, me, layer, normed(work, me, layer.mlp_norm, !is_dense(layer.into.kind)));
-    expect(work.team, me, is_last ? work.model.lm_head : work.model.layers[index + 1].qkv[0]);
+    expect(work.team, me, matrix_after(work.model, index));
     multiply_onto_hidden(work, me, layer.out, Rows{work.arrays.inner_quant, work.arrays.inner, layer.out.num_in});
 }
 

@@ -11,7 +11,7 @@ extern "C" {
 #endif
 
 // Changes whenever the bits of a result or a struct below change; the loader refuses another number.
-#define SL_ABI 4
+#define SL_ABI 5
 
 // How a matrix is stored. Rows are outputs. Tiles of 16 rows lie one after the other; inside a tile, blocks of 32 inputs
 // (16 for SL_Q8_FLOAT16): 16 scales, 16 minima where the kind has them, then the quants, 4 inputs of each of 16 rows at a
@@ -47,8 +47,8 @@ typedef struct {
     const float* bias;  // null for RMS norms
 } sl_norm_weights;
 
-// `qkv`: q heads, k heads, v heads, rotary pairs as neighbours, in up to three parts when they are of unlike kinds. `into`:
-// when gated, 16 rows of gate and 16 rows of up in turn.
+// `qkv`: q heads, k heads, v heads, rotary pairs as neighbours, in up to three parts when they are of unlike kinds; in none
+// where the layer has no attention. `into`: when gated, 16 rows of gate and 16 rows of up in turn.
 typedef struct {
     sl_norm_weights attn_norm, mlp_norm;
     sl_matrix qkv[3];
@@ -70,6 +70,7 @@ typedef struct {
     const float* rotations;        // [max_position][head_dim / 2][cos, sin] or null
     sl_norm_weights final_norm;
     const int32_t* head_ids;       // [vocab_size] ascending: the token of each logit; null: logit i is token i
+    sl_matrix fuse;                // without data: rows begin as embeddings; else as its product with [state, embedding]
 } sl_model;
 
 // The workers of one machine that share its cores: one word for each, the largest number while it is in a step, else when its
@@ -108,6 +109,8 @@ typedef struct {
     const float* adjust_values;
     const sl_cores* cores;        // null, or what says how many threads to use: before a step and before each layer of a long one
     int32_t* sampled;             // [num_logit_rows]; -1 where the row is left to the caller
+    const float* states;          // [num_tokens][hidden_size], where the model has `fuse`
+    float* hidden;                // [num_logit_rows][hidden_size], rows after the final norm, or null
 } sl_step;
 
 int32_t sl_abi(void);

@@ -65,6 +65,9 @@ void place(pthread_t thread, int cpu) {
 }  // namespace
 
 Team::Team(int num_threads) : all_(num_threads), size_(num_threads), calls_(num_threads) {
+#if defined(__linux__)
+    cpus_ = usable_cpus();  // now: later the thread that makes a step may have been placed on one of them by another team
+#endif
     try {
         for (int i = 1; i < all_; i++) threads_.emplace_back([this, i] { serve(i); });
     } catch (...) {  // the system has no more threads to give
@@ -78,7 +81,6 @@ Team::~Team() { stop(); }
 void Team::use(const Share& share) {
     use(share.count);
 #if defined(__linux__)
-    if (cpus_.empty()) cpus_ = usable_cpus();
     if (all_ < (int)cpus_.size() || share == placed_) return;  // fewer threads than cores: the system finds the best ones
     placed_ = share;
     for (int i = 0; i < size_; i++)

@@ -98,7 +98,7 @@ class Team {
     static void advance(Word& word);
 
     const int all_;
-    std::vector<int> cpus_;  // that this process may use, once a share was given
+    std::vector<int> cpus_;  // that this process may use
     Share placed_{0, 0};     // the last one that threads were placed for
     int size_;  // changes between runs; only threads that were called for the run read it
     Counter counters_[2][MAX_RANGES];  // items taken of each range, of this stage and the next in turn

@@ -80,7 +80,8 @@ class Scratch {
         out.partial_top = partial_top_.floats(2 * partials);
         out.partial_total = partials ? out.partial_top + partials : nullptr;
         if (partials && !(out.partial_acc && out.partial_top)) return false;
-        return take_inputs(larger(rows, step.num_logit_rows), larger(model.hidden_size, shape.attention_size), out);
+        const int64_t widest = larger(larger(model.hidden_size, shape.attention_size), model.fuse.data ? model.fuse.num_in : 0);
+        return take_inputs(larger(rows, step.num_logit_rows), widest, out);
     }
 
   private:

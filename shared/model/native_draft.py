@@ -1,0 +1,59 @@
+"""Drafts on the CPU kernels: their own weights in few bits, the target's embedding where it lies in memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from shared.kernels.library import CLayer, CModel, Library
+from shared.kernels.packing import Matrix
+from shared.kv.layout import KVLayout
+from shared.model.draft import FUSE, DraftSource
+from shared.model.draft_kind import DraftKind
+from shared.model.native import KV_DTYPES, NativeDecoder
+from shared.model.native_weights import NativeLoader, NativeWeights
+from shared.model.registry import open_reader
+from shared.model.source import ModelSource
+from shared.model.weight_names import weight_names
+from shared.model.weights import read_rotations
+
+
+def load_native_draft(
+    draft: DraftSource, target: ModelSource, decoder: NativeDecoder, library: Library, layout: KVLayout, threads: int
+) -> NativeDecoder:
+    """A draft of either kind as a decoder; heads are run with states and without a cache."""
+    names = weight_names(target.kind, target.config.architecture)
+    reader = open_reader(target, names)
+    rotations = read_rotations(reader, names, target.config)
+    turns = None if rotations is None else torch.view_as_real(rotations).numpy()
+    head = NativeLoader(reader, names, target.config, None).output_rows().rows(draft.head_ids.astype(np.int64))
+    loader = _LOADERS[draft.kind](draft, decoder.weights, head)
+    weights = loader.load(layout.block_size, KV_DTYPES[layout.dtype], turns, lambda _: None)
+    return NativeDecoder(draft.config, weights, library, threads, decoder.isa)
+
+
+class _DraftLoader(NativeLoader):
+    def __init__(self, draft: DraftSource, target: NativeWeights, head: Matrix) -> None:
+        super().__init__(draft.reader, draft.names, draft.config, "int8")
+        self._target, self._head, self._head_ids = target, head, draft.head_ids
+
+    def _ends(self, model: CModel) -> None:
+        model.embedding = self._target.model.embedding
+        model.lm_head = self._place(self._head)
+        model.head_ids = self._keep_ids(self._head_ids)
+        model.vocab_size = len(self._head_ids)
+        self._owners.append(self._target)
+
+
+class _HeadsLoader(_DraftLoader):
+    def _layer(self, layer: CLayer, index: int) -> None:
+        layer.mlp_norm = self._norm(self._names.mlp_norm.format(i=index))
+        self._feed_forward(layer, index)
+
+    def _ends(self, model: CModel) -> None:
+        super()._ends(model)
+        size = self._config.hidden_size
+        model.fuse = self._place(self._matrix(FUSE, size, 2 * size, transposed=False))
+
+
+_LOADERS = {DraftKind.LAYERS: _DraftLoader, DraftKind.HEADS: _HeadsLoader}

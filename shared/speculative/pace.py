@@ -1,0 +1,43 @@
+"""What a guess costs a proposer whose guesses are computed: learned while it works."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from shared.engine.noise import F32
+from shared.model.batch import Int32
+
+_FIRST_SECONDS = 0.0003
+_GROWTH = 0.5
+"""Before it is known what a step costs, and how it grows with the sequences in it."""
+
+_MEMORY = 0.9
+
+
+class Pace:
+    """Seconds of one step of the proposer's model by the number of sequences in it."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}
+
+    def seconds(self, num_sequences: int) -> float:
+        """As observed for the nearest number of sequences."""
+        if not num_sequences:
+            return 0.0
+        if not self._seconds:
+            return _FIRST_SECONDS * math.pow(num_sequences, _GROWTH)
+        nearest = min(self._seconds, key=lambda known: abs(known - num_sequences))
+        return self._seconds[nearest] * math.pow(max(1.0, num_sequences / nearest), _GROWTH)
+
+    def observe(self, num_sequences: int, seconds: float) -> None:
+        """A step with so many sequences took so long; a single slow one does not count for much."""
+        known = self._seconds.setdefault(num_sequences, seconds)
+        self._seconds[num_sequences] = known + (min(seconds, 3 * known) - known) * (1 - _MEMORY)
+
+
+def confidence(logits: F32, head_ids: Int32, token: int) -> float:
+    """The probability that logits of these ascending ids give a token, at temperature 1 and before filters."""
+    chosen = logits[np.searchsorted(head_ids, token)]
+    return 1.0 / max(1.0, float(np.exp(np.minimum(logits - chosen, 60.0)).sum()))
