@@ -24,6 +24,11 @@ _SUREST = 0.98
 _LONGEST_STEP = 2.5
 """Times a step without guesses: more tokens a second are not worth it that streams stand still and come in gulps."""
 
+_TRY_EVERY = 24
+_TRY_SEQUENCES = 4
+_TRY_TOKENS = 2
+"""Steps after which a proposer that is not worth its time is tried, and how much is asked of it then."""
+
 _LONGEST_REST = 8
 """Steps a sequence is not asked about after guesses of no use: asking takes time, too."""
 
@@ -79,10 +84,12 @@ class Speculation:
     _rests: dict[Sequence, Rest] = field(default_factory=dict)
     _hidden: dict[Sequence, F32] = field(default_factory=dict)
     _payable: dict[tuple[int, int, int], bool] = field(default_factory=dict)
+    _unasked: list[int] = field(default_factory=list)
     _num_cores: int = 0
 
     def __post_init__(self) -> None:
         self._acceptance = [Acceptance() for _ in self.proposers]
+        self._unasked = [_TRY_EVERY - 1] * len(self.proposers)
         for proposer in self.proposers:
             self.counts[proposer.name] = PositionCounts([0] * self.max_draft_tokens, [0] * self.max_draft_tokens)
 
@@ -206,7 +213,18 @@ class Speculation:
 
         chains = [Chain([acceptance.typical(ask.sequence)] * ask.max_tokens) for ask in asks]
         lengths = choose_lengths(chains, num_tokens, cost)
+        if not any(lengths):
+            return self._tried(index, asks)
+        self._unasked[index] = 0
         return [replace(ask, max_tokens=length) for ask, length in zip(asks, lengths, strict=True) if length]
+
+    def _tried(self, index: int, asks: list[Ask]) -> list[Ask]:
+        """Now and then what does not pay is asked for all the same: else nobody would notice that it would pay now."""
+        self._unasked[index] += 1
+        if self._unasked[index] < _TRY_EVERY:
+            return []
+        self._unasked[index] = 0
+        return [replace(ask, max_tokens=min(_TRY_TOKENS, ask.max_tokens)) for ask in asks[:_TRY_SEQUENCES]]
 
     def _chain(self, sequence: Sequence, guess: Guess) -> Chain:
         acceptance = self._acceptance[guess.proposer]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence as Sequence_
 from dataclasses import replace
 
+from shared.cores import core_share
 from shared.engine.batch import build_step
 from shared.engine.draws import plan_draws
 from shared.engine.proposer import Ask, Draft
@@ -130,5 +131,5 @@ def make(context: ProposerContext) -> DraftModelProposer | None:
     draft, model = opened
     layout = replace(context.layout, num_layers=draft.config.num_layers)
     return DraftModelProposer(
-        NativeRunner(model, KVCache(layout, context.num_blocks)), draft.head_ids, layout.block_size
+        NativeRunner(model, KVCache(layout, context.num_blocks), core_share()), draft.head_ids, layout.block_size
     )

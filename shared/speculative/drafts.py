@@ -46,4 +46,5 @@ def open_draft(context: ProposerContext, kind: DraftKind) -> tuple[DraftSource, 
         )
         return None
     layout = replace(context.layout, num_layers=draft.config.num_layers)
-    return draft, load_native_draft(draft, context.source, context.model, library, layout, threads=1)
+    model = load_native_draft(draft, context.source, context.model, library, layout, context.model.num_threads)
+    return draft, model

@@ -13,9 +13,11 @@ from collections.abc import Sequence as Sequence_
 
 import numpy as np
 
+from shared.cores import CoreShare, core_share
 from shared.engine.draws import plan_guesses
 from shared.engine.noise import F32
 from shared.engine.proposer import Ask, Draft
+from shared.engine.runner import place_of
 from shared.engine.sequence import Sequence
 from shared.model.batch import Int32, RaggedStep
 from shared.model.draft_kind import DraftKind
@@ -56,8 +58,10 @@ class HeadsProposer:
 
     name = "heads"
 
-    def __init__(self, model: NativeDecoder, head_ids: Int32) -> None:
+    def __init__(self, model: NativeDecoder, head_ids: Int32, share: CoreShare | None = None) -> None:
         self._model = model
+        self._share = share
+        self._cores = None if share is None else place_of(share)
         self._head_ids = head_ids
         self._pace = Pace()
 
@@ -84,7 +88,7 @@ class HeadsProposer:
         """One more token for each chain; the rows to go on from."""
         draws = plan_guesses([(chain.ask.sequence, chain.tokens) for chain in chains])
         step = _step([chain.last for chain in chains])
-        logits, drawn, hidden = self._model.run(step, None, draws, states=states)
+        logits, drawn, hidden = self._model.run(step, None, draws, cores=self._cores, states=states)
         for chain, row, token in zip(chains, logits, drawn.tolist(), strict=True):
             chain.add(token, confidence(row, self._head_ids, token))
         return list(hidden)
@@ -105,4 +109,4 @@ def make(context: ProposerContext) -> HeadsProposer | None:
     if opened is None:
         return None
     draft, model = opened
-    return HeadsProposer(model, draft.head_ids)
+    return HeadsProposer(model, draft.head_ids, core_share())

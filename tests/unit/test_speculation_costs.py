@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence as Sequence_
 
 import pytest
 
 from shared.engine.acceptance import Acceptance
+from shared.engine.proposer import Ask, Draft
 from shared.engine.speculation import Speculation
 from shared.engine.step_costs import StepCosts
 from tests.engine_fakes import make_engine, make_sequence, run_to_end
-from tests.speculation_fakes import Oracle
+from tests.speculation_fakes import FixedCosts, Oracle
 
 
 def test_rates_are_learned_by_confidence() -> None:
@@ -103,3 +105,38 @@ def test_a_full_cache_puts_measuring_off() -> None:
     engine.blocks.release(taken)
     engine.calibrate()
     assert model.rows_run > 0
+
+
+class _Priced(Oracle):
+    """An oracle that takes its time; notes how many guesses it was asked for each time."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(0.0)
+        self.price = seconds
+        self.asked: list[list[int]] = []
+
+    def seconds(self, num_sequences: int) -> float:
+        return self.price * bool(num_sequences)
+
+    def propose(self, asks: Sequence_[Ask]) -> list[Draft]:
+        self.asked.append([ask.max_tokens for ask in asks])
+        return super().propose(asks)
+
+
+def test_who_is_too_dear_is_tried_now_and_then_and_used_once_it_pays() -> None:
+    oracle = _Priced(1000.0)
+    speculation = Speculation((oracle,), {1: FixedCosts([1, 1000], [1.0, 1.001])}, max_rows=512)
+    engine, _ = make_engine(num_blocks=200, speculation=speculation)
+    sequences = [make_sequence([5, 6, 7], name=str(index), seed=index, max_tokens=100) for index in range(6)]
+    for sequence in sequences:
+        engine.add(sequence)
+    while sequences[0].num_output < 60:
+        engine.step()
+    assert 1 <= len(oracle.asked) <= 4
+    assert all(len(asked) <= 4 and max(asked) <= 2 for asked in oracle.asked)
+    tried = len(oracle.asked)
+    oracle.price = 1e-6
+    before = engine.load().steps
+    run_to_end(engine)
+    assert len(oracle.asked) > tried
+    assert engine.load().steps - before < 30, "forty tokens are left, and all guesses are right"
