@@ -28,10 +28,12 @@ def target_of(folder: Path) -> ModelSource:
     return resolve(str(folder))
 
 
-def write_draft(folder: Path, target: ModelSource, num_layers: int, head_size: int = HEAD_SIZE) -> Path:
-    """A draft of the target's first layers; its head has so many ids, taken at random."""
+def write_draft(
+    folder: Path, target: ModelSource, num_layers: int, head_size: int = HEAD_SIZE, *, exit_layer: int = 0
+) -> Path:
+    """A draft of the target's first layers, from `exit_layer` on its own; its head has so many ids, taken at random."""
     head_ids = np.sort(np.random.default_rng(5).permutation(VOCAB_SIZE)[:head_size]).astype(np.int64)
-    student = Student(target.config, num_layers, read_frozen(target, head_ids))
+    student = Student(target.config, num_layers - exit_layer, read_frozen(target, head_ids), exit_layer)
     student.load_state_dict(read_layers(target, range(num_layers)), strict=False)
     with torch.no_grad():
         export_draft(folder, DraftKind.LAYERS, student, target, {"made": "for a test"})

@@ -162,6 +162,7 @@ def distill(
         DraftKind, typer.Option(help="Heads on the target's hidden rows, or a small model of layers.")
     ] = DraftKind.HEADS,
     layers: Annotated[int, typer.Option(help="Layers of the draft, 1 to 4.")] = 2,
+    exit_layer: Annotated[int, typer.Option(help="Layers of the target that a draft of layers begins with.")] = 0,
     head_size: Annotated[int, typer.Option(help="Ids the draft knows.")] = 8192,
     epochs: Annotated[float, typer.Option(help="How often the texts are read.")] = 4.0,
     on_policy: Annotated[int, typer.Option(help="Steps on drafts of its own, for layers.")] = 0,
@@ -179,7 +180,7 @@ def distill(
     work = out.with_name(f"{out.name}.work") if work_dir is None else work_dir
     try:
         options = DistillOptions(
-            out, work, prompts, kind, tokens, layers, head_size, epochs, on_policy, learning_rate, seed
+            *(out, work, prompts, kind, tokens, layers, exit_layer, head_size, epochs, on_policy, learning_rate, seed)
         )
     except ConfigurationError as error:
         _fail(str(error))

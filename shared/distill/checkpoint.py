@@ -31,7 +31,7 @@ class Notes:
 def save_checkpoint(path: Path, trainer: Trainer[Any], notes: Notes) -> None:
     """Replace the checkpoint; a crash in the middle leaves the old one."""
     tensors = {}
-    for name, parameter in trainer.student.named_parameters():
+    for name, parameter in trained_parameters(trainer.student):
         tensors[name] = parameter.detach().cpu()
         state = trainer.optimizer.state.get(parameter, {})
         tensors |= {f"{average}/{name}": state[average].cpu() for average in _AVERAGES if average in state}
@@ -55,7 +55,7 @@ def load_checkpoint(path: Path, trainer: Trainer[Any], run: Mapping[str, object]
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     _restore(trainer.student, tensors)
     trainer.step = int(written["step"])
-    for name, parameter in trainer.student.named_parameters():
+    for name, parameter in trained_parameters(trainer.student):
         if f"{_AVERAGES[0]}/{name}" in tensors:
             averages = {average: tensors[f"{average}/{name}"].to(device) for average in _AVERAGES}
             step = torch.tensor(float(trainer.step), device=device)
@@ -74,4 +74,9 @@ def refuse_other_run(found: Mapping[str, object], wanted: Mapping[str, object], 
 
 
 def _restore(student: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    student.load_state_dict({name: tensors[name] for name, _ in student.named_parameters()})
+    student.load_state_dict({name: tensors[name] for name, _ in trained_parameters(student)}, strict=False)
+
+
+def trained_parameters(student: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """By name, without those that are the target's."""
+    return [(name, parameter) for name, parameter in student.named_parameters() if parameter.requires_grad]

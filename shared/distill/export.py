@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from shared.distill.checkpoint import trained_parameters
 from shared.distill.heads import Heads
 from shared.distill.student import Student
 from shared.model.config import ModelConfig, RopeScaling
@@ -28,7 +29,10 @@ def export_draft(
 ) -> None:
     """Write `config.json`, `model.safetensors` and `recipe.json`; the weights in float16."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: parameter.detach().cpu().half() for name, parameter in student.named_parameters()}
+    tensors = {
+        _behind_exit(name, student.exit_layer): parameter.detach().cpu().half()
+        for name, parameter in trained_parameters(student)
+    }
     tensors[HEAD_IDS] = student.head_ids.cpu().int()
     save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
     (folder / _WEIGHTS).chmod(0o644)  # who trains and who serves may be two users
@@ -36,11 +40,20 @@ def export_draft(
     config[KEY] = {
         "version": FORMAT_VERSION,
         "kind": str(kind),
+        "exit_layer": student.exit_layer,
         "target_sha256": source.revision,
         "vocab_size": source.config.vocab_size,
     }
     for name, content in (("config.json", config), ("recipe.json", dict(recipe))):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _behind_exit(name: str, exit_layer: int) -> str:
+    """A layer's name in the folder, which counts the draft's own only."""
+    parts = name.split(".")
+    if parts[:2] == ["model", "layers"]:
+        parts[2] = str(int(parts[2]) - exit_layer)
+    return ".".join(parts)
 
 
 def hf_config(config: ModelConfig, num_layers: int) -> dict[str, object]:

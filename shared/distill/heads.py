@@ -61,6 +61,7 @@ class Heads(nn.Module):
         super().__init__()
         self.config = replace(config, intermediate_size=inner_size)
         self.num_layers = num_layers
+        self.exit_layer = 0
         self.model = HeadsBody(self.config, num_layers)
         for name in ("embedding", "head", "head_ids"):
             self.register_buffer(name, getattr(frozen, name), persistent=False)

@@ -26,6 +26,7 @@ class DistillOptions:
     kind: DraftKind = DraftKind.HEADS
     num_tokens: int = 300_000
     num_layers: int = 2
+    exit_layer: int = 0
     head_size: int = 8192
     epochs: float = 4.0
     on_policy_steps: int = 0
@@ -48,8 +49,14 @@ class DistillOptions:
             raise ConfigurationError("--epochs and --learning-rate must be above 0")
         if self.on_policy_steps < 0 or self.seed < 0:
             raise ConfigurationError("--on-policy and --seed must be 0 or more")
+        if self.exit_layer < 0:
+            raise ConfigurationError(
+                f"--exit-layer is {self.exit_layer}: give 0, or after which of the target's layers"
+            )
         if self.on_policy_steps and self.kind is DraftKind.HEADS:
             raise ConfigurationError("--on-policy is for drafts with layers: heads never go on from a wrong guess")
+        if self.exit_layer and self.kind is DraftKind.HEADS:
+            raise ConfigurationError("--exit-layer is for drafts with layers: heads go on from the target's last one")
         if self.row_tokens < self.max_new_tokens + self.max_prompt_tokens:
             raise ConfigurationError("a row must hold the longest text")
 
@@ -67,6 +74,7 @@ class DistillOptions:
             "kind": str(self.kind),
             "num_tokens": self.num_tokens,
             "num_layers": self.num_layers,
+            "exit_layer": self.exit_layer,
             "head_size": self.head_size,
             "epochs": self.epochs,
             "on_policy_steps": self.on_policy_steps,

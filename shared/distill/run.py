@@ -66,6 +66,10 @@ def distill(
     Raises ConfigurationError or ModelFormatError with what to do.
     """
     refuse_target(source.config)
+    if options.exit_layer >= source.config.num_layers:
+        raise ConfigurationError(
+            f"--exit-layer is {options.exit_layer}: {source.name} has {source.config.num_layers} layers"
+        )
     began = time.monotonic()
     options.work.mkdir(parents=True, exist_ok=True)
     max_tokens = options.row_tokens
@@ -136,8 +140,8 @@ class _Training:
             course = HeadsCourse(heads, target, texts, options.seed)
             self.student: Heads | Student = heads
         else:
-            student = Student(config, options.num_layers, frozen)
-            layers = initial_layers(options.num_layers, config.num_layers)
+            student = Student(config, options.num_layers, frozen, options.exit_layer)
+            layers = initial_layers(options.exit_layer + options.num_layers, config.num_layers)
             student.load_state_dict(read_layers(source, layers))
             self.student = student.to(device)
             course = LayersCourse(student, texts, options)

@@ -127,11 +127,15 @@ class Frozen:
 class Student(nn.Module):
     """The draft; `model` holds all parameters."""
 
-    def __init__(self, config: ModelConfig, num_layers: int, frozen: Frozen) -> None:
+    def __init__(self, config: ModelConfig, num_layers: int, frozen: Frozen, exit_layer: int = 0) -> None:
+        """Of `num_layers` own layers behind the target's first `exit_layer`, which stay as they are."""
         super().__init__()
         self.config = config
         self.num_layers = num_layers
-        self.model = Body(config, num_layers)
+        self.exit_layer = exit_layer
+        self.model = Body(config, exit_layer + num_layers)
+        for layer in self.model.layers[:exit_layer]:
+            layer.requires_grad_(False)
         for name in ("embedding", "head", "head_ids", "turns"):
             self.register_buffer(name, getattr(frozen, name), persistent=False)
         self.embedding: Tensor

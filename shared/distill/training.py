@@ -53,10 +53,11 @@ class Trainer(Generic[BatchT]):
     def __init__(self, student: nn.Module, course: Course[BatchT], options: DistillOptions, num_steps: int) -> None:
         self.student = student
         self._course = course
+        self._trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         self.step = 0
         self.num_steps = num_steps
         self._options = options
-        self.optimizer = torch.optim.Adam(student.parameters(), options.learning_rate, _BETAS, fused=True)
+        self.optimizer = torch.optim.Adam(self._trained, options.learning_rate, _BETAS, fused=True)
 
     def learn(self, batch: BatchT, *, varied: bool = False) -> float:
         """One step; the mean loss. `varied` compares by total variation instead of forward KL."""
@@ -66,7 +67,7 @@ class Trainer(Generic[BatchT]):
         lessons = self._course.lessons(batch)
         loss = torch.stack([lesson.weight * measure(lesson.logits, lesson.expected).mean() for lesson in lessons]).sum()
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self.student.parameters(), _CLIP)
+        torch.nn.utils.clip_grad_norm_(self._trained, _CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1

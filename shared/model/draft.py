@@ -2,8 +2,9 @@
 
 `config.json` is in Llama's form with a key of its own; `model.safetensors` has the layers, the final norm and
 `head_ids`, the token of each logit. What is the target's is not in it. There are two kinds: layers as a decoder has
-them, and heads, which go on from the target's own hidden rows: layers without attention, and `model.fuse`, which makes
-one row of a hidden row and the embedding of the token after it.
+them, which may stand behind the target's own first ones (`exit_layer`: so many), and heads, which go on from the
+target's last hidden rows: layers without attention, and `model.fuse`, which makes one row of a hidden row and the
+embedding of the token after it.
 """
 
 from __future__ import annotations
@@ -38,10 +39,16 @@ class DraftSource:
 
     path: Path
     kind: DraftKind
+    exit_layer: int
     config: ModelConfig
     names: WeightNames
     reader: TensorReader
     head_ids: Int32
+
+    @property
+    def num_layers(self) -> int:
+        """The target's that it begins with, and its own."""
+        return self.exit_layer + self.config.num_layers
 
 
 def is_for(path: Path, target: ModelSource) -> bool:
@@ -73,9 +80,11 @@ def resolve_draft(path: Path, target: ModelSource) -> DraftSource:
         or (np.diff(head_ids) <= 0).any()
     ):
         raise ModelFormatError(f"{path}: {HEAD_IDS} must ascend within the target's vocabulary.")
-    return DraftSource(
-        path, DraftKind(about["kind"]), config, names, TensorReader(file, names.optional_prefix), head_ids
-    )
+    exit_layer = about.get("exit_layer", 0)
+    if type(exit_layer) is not int or not 0 <= exit_layer < target.config.num_layers:
+        raise ModelFormatError(f"{path}: exit_layer must be one of the target's {target.config.num_layers} layers.")
+    reader = TensorReader(file, names.optional_prefix)
+    return DraftSource(path, DraftKind(about["kind"]), exit_layer, config, names, reader, head_ids)
 
 
 def _head_ids(file: SafetensorsFolder, path: Path) -> Int32:

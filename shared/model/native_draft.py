@@ -36,13 +36,22 @@ class _DraftLoader(NativeLoader):
     def __init__(self, draft: DraftSource, target: NativeWeights, head: Matrix) -> None:
         super().__init__(draft.reader, draft.names, draft.config, "int8")
         self._target, self._head, self._head_ids = target, head, draft.head_ids
+        self._exit_layer = draft.exit_layer
 
     def _ends(self, model: CModel) -> None:
         model.embedding = self._target.model.embedding
         model.lm_head = self._place(self._head)
         model.head_ids = self._keep_ids(self._head_ids)
         model.vocab_size = len(self._head_ids)
+        self._go_on_from_the_target(model)
         self._owners.append(self._target)
+
+    def _go_on_from_the_target(self, model: CModel) -> None:
+        """Put the target's first layers before the draft's own."""
+        own = [model.layers[index] for index in range(model.num_layers)]
+        layers = (CLayer * (self._exit_layer + len(own)))(*self._target.model.layers[: self._exit_layer], *own)
+        self._owners += [model.layers, layers]
+        model.layers, model.num_layers = layers, len(layers)
 
 
 class _HeadsLoader(_DraftLoader):

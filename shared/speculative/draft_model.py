@@ -129,7 +129,7 @@ def make(context: ProposerContext) -> DraftModelProposer | None:
     if opened is None:
         return None
     draft, model = opened
-    layout = replace(context.layout, num_layers=draft.config.num_layers)
+    layout = replace(context.layout, num_layers=draft.num_layers)
     return DraftModelProposer(
         NativeRunner(model, KVCache(layout, context.num_blocks), core_share()), draft.head_ids, layout.block_size
     )

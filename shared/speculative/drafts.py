@@ -45,6 +45,6 @@ def open_draft(context: ProposerContext, kind: DraftKind) -> tuple[DraftSource, 
             "draft_not_used", reason="drafts are computed by the native kernels, and they do not compute the target"
         )
         return None
-    layout = replace(context.layout, num_layers=draft.config.num_layers)
+    layout = replace(context.layout, num_layers=draft.num_layers)
     model = load_native_draft(draft, context.source, context.model, library, layout, context.model.num_threads)
     return draft, model

@@ -268,7 +268,10 @@ def test_a_run_teaches_and_exports_a_draft_and_equal_seeds_give_equal_drafts(
     assert measured[DRAFTING]["acceptance"] > measured["initial"]["acceptance"] + 0.02
     tensors = weights(options)
     config = json.loads((options.out / "config.json").read_text())
-    assert config[KEY] == {"version": 2, "kind": "layers", "target_sha256": source.revision, "vocab_size": VOCAB}
+    assert config[KEY] == {
+        **{"version": 2, "kind": "layers", "exit_layer": 0},
+        **{"target_sha256": source.revision, "vocab_size": VOCAB},
+    }
     assert config["num_hidden_layers"] == 2 < LAYERS
     head_ids = tensors.pop("head_ids")
     assert head_ids.dtype == torch.int32
@@ -387,6 +390,32 @@ def test_a_chain_is_taught_what_the_target_expects_where_it_stands(
     assert [lesson.weight for lesson in lessons] == sorted((lesson.weight for lesson in lessons), reverse=True)
 
 
+def test_a_draft_behind_the_targets_first_layers_has_its_own_only(
+    source: ModelSource, options: DistillOptions, tmp_path: Path
+) -> None:
+    options = replace(options, num_layers=1, exit_layer=1)
+    whole = replace(options, out=tmp_path / "whole", work=tmp_path / "whole.work")
+    held_out = distill(source, SETTINGS, whole, nothing)["held_out"]
+    assert isinstance(held_out, dict)
+    assert held_out[DRAFTING]["acceptance"] > held_out["initial"]["acceptance"] + 0.02
+    assert not any(".layers.1." in name for name in weights(whole))
+    draft = resolve_draft(whole.out, source)
+    assert (draft.exit_layer, draft.num_layers) == (1, 2)
+    with pytest.raises(KeyboardInterrupt):
+        distill(source, SETTINGS, options, stopping(SHARPENING, 2))
+    distill(source, SETTINGS, options, nothing)
+    assert same(weights(options), weights(whole))
+
+
+def test_an_exit_behind_the_last_layer_is_refused(source: ModelSource, options: DistillOptions) -> None:
+    with pytest.raises(ConfigurationError, match="--exit-layer"):
+        distill(source, SETTINGS, replace(options, exit_layer=LAYERS), nothing)
+    with pytest.raises(ConfigurationError, match="--exit-layer"):
+        replace(options, exit_layer=-1)
+
+
 def test_heads_do_not_learn_from_drafts_of_their_own(options: DistillOptions) -> None:
     with pytest.raises(ConfigurationError, match="--on-policy"):
         replace(of_heads(options), on_policy_steps=3)
+    with pytest.raises(ConfigurationError, match="--exit-layer"):
+        replace(of_heads(options), exit_layer=1)

@@ -110,8 +110,11 @@ def test_a_draft_draws_what_the_sampler_draws_where_all_other_tokens_are_impossi
         assert drawn == sample(whole, request)
 
 
-def test_a_draft_of_the_whole_target_computes_the_targets_logits(target: ModelSource, tmp_path: Path) -> None:
-    whole = write_draft(tmp_path, target, target.config.num_layers, VOCAB_SIZE)
+@pytest.mark.parametrize("exit_layer", [0, 1])
+def test_a_draft_of_the_whole_target_computes_the_targets_logits(
+    exit_layer: int, target: ModelSource, tmp_path: Path
+) -> None:
+    whole = write_draft(tmp_path, target, target.config.num_layers, VOCAB_SIZE, exit_layer=exit_layer)
     context, proposer = context_of(target, whole), proposer_of(target, whole)
     assert isinstance(context.model, NativeDecoder)
     sequence = make_sequence(tokens(30, seed=3))
@@ -137,6 +140,16 @@ def test_tokens_are_those_without_a_draft(params: dict[str, Any], batch: int, ta
     assert sum(drafted) > 0
     if batch == 32:
         assert sum(accepted) > 0
+
+
+def test_tokens_are_those_without_a_draft_that_skips_layers(target: ModelSource, tmp_path: Path) -> None:
+    skipping = write_draft(tmp_path, target, target.config.num_layers, exit_layer=1)
+    speculation = Speculation((proposer_of(target, skipping),), {1: FREE_ROWS}, max_rows=512, max_draft_tokens=4)
+    assert generate(engine_of(target, speculation), 8, temperature=1.0) == generate(
+        engine_of(target, None), 8, temperature=1.0
+    )
+    drafted, accepted = speculation.totals()
+    assert sum(accepted) > 0.3 * sum(drafted) > 0
 
 
 def test_the_targets_noise_makes_a_draft_agree_at_temperature_one(target: ModelSource, draft: Path) -> None:
@@ -225,6 +238,8 @@ def _changed(folder: Path, into: Path, change: Callable[[dict[str, Any]], None])
         (lambda c: c["slipstream_draft"].update(version=99), ModelFormatError, "not a draft"),
         (lambda c: c["slipstream_draft"].update(kind="oracle"), ModelFormatError, "heads, layers"),
         (lambda c: c.pop("slipstream_draft"), ModelFormatError, "not a draft"),
+        (lambda c: c["slipstream_draft"].update(exit_layer=2), ModelFormatError, "exit_layer"),
+        (lambda c: c["slipstream_draft"].update(exit_layer="1"), ModelFormatError, "exit_layer"),
         (lambda c: c.update(hidden_size=32), ModelFormatError, "hidden_size"),
         (lambda c: c.update(rope_theta=5.0), ModelFormatError, "rope_theta"),
     ],
