@@ -15,7 +15,12 @@ import pytest
 from shared import faultpoints
 from shared.protocol.journal import JournalState
 from shared.protocol.messages import OUTCOME_FINISHED, Job
+from shared.speculative.draft_model import DraftModelProposer
+from shared.speculative.heads import HeadsProposer
+from tests.drafts import target_of, write_draft, write_heads
 from tests.inprocess import Bench, workers
+from tests.model_checkpoints import tokens
+from tests.native_models import library
 from tests.tiny_model import NAME, VOCAB, write_tiny_model
 
 PROMPT = [(13 * i + i // 5) % (VOCAB - 4) + 3 for i in range(70)]
@@ -126,10 +131,41 @@ async def test_a_decode_worker_lost_while_it_speculates(
         await bench.nothing_leaks()
 
 
-async def lost_after(bench: Bench, params: dict[str, Any], count: int) -> Job:
+@pytest.mark.parametrize("kind", ["heads", "layers"])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+async def test_a_decode_worker_lost_while_a_draft_guesses(
+    redis_url: str, deployment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, temperature: float
+) -> None:
+    """Nothing of a draft moves with a request: the next worker builds what it needs anew, and gives the same tokens."""
+    for proposer in (
+        HeadsProposer,
+        DraftModelProposer,
+    ):  # a random model is as quick as its draft: say that it costs nothing
+        monkeypatch.setattr(proposer, "seconds", lambda *_: 0.0)
+    library()
+    target = target_of(tmp_path / "model")
+    if kind == "heads":
+        write_heads(tmp_path / "draft", target)
+    else:
+        write_draft(tmp_path / "draft", target, target.config.num_layers)
+    prompt, params = tokens(40), SINGLE | {"temperature": temperature, "max_tokens": 60}
+    async with workers(redis_url, deployment, tmp_path / "model", speculation={"proposers": "none"}) as plain:
+        expected = contents(await plain.generate(prompt, **params))
+    speculation = {"proposers": "draft,heads", "draft": str(tmp_path / "draft")}
+    async with workers(redis_url, f"{deployment}-2", tmp_path / "model", decode=2, speculation=speculation) as bench:
+        for service in bench.decode:
+            await bench.until(lambda service=service: bool(service.engine.speculation.tables))  # type: ignore[misc]
+        for count in (2, 20):
+            job = await lost_after(bench, params, count, prompt)
+            assert contents(await bench.ended(job)) == expected
+        assert sum(sum(service.engine.load().drafted) for service in bench.decode) > 0
+        await bench.nothing_leaks()
+
+
+async def lost_after(bench: Bench, params: dict[str, Any], count: int, prompt: list[int] = PROMPT) -> Job:
     """A request whose decode worker is gone after `count` tokens or some more; asked again if it ended before that."""
     for _ in range(20):
-        job = await bench.submit(PROMPT, **params)
+        job = await bench.submit(prompt, **params)
         while min(len(choice.tokens) for choice in (await bench.journal(job)).choices) < count:
             await bench.registry.beat_gateway("test")
         if await swept(bench, job) == "requeued":
