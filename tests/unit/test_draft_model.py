@@ -160,6 +160,47 @@ def test_the_targets_noise_makes_a_draft_agree_at_temperature_one(target: ModelS
     assert accepted / drafted > 0.5
 
 
+def handed_off(target: ModelSource, speculation: Speculation, count: int, **params: Any) -> list[list[int]]:
+    """As `generate`, with the prompts computed and first tokens sampled by an engine that has no draft."""
+    prefill, decode = engine_of(target, None), engine_of(target, speculation)
+    sequences = []
+    for index, prompt in enumerate(prompts(count)):
+        source = make_sequence(prompt, name=str(index), seed=index, **({"max_tokens": 20, "temperature": 0.0} | params))
+        source.hold = True
+        prefill.add(source)
+        (output,) = prefill.step()
+        moved = make_sequence([*prompt, output.samples[0].token], name=str(index))
+        moved.params, moved.prompt_len = source.params, len(prompt)
+        reservation = decode.reserve([moved], len(prompt), growth=4)
+        assert reservation is not None
+        for src, dst in zip(source.block_ids, moved.block_ids, strict=False):
+            decode._runner.cache.data[:, dst] = prefill._runner.cache.data[:, src]
+        prefill.free(source)
+        decode.start_received(reservation)
+        sequences.append(moved)
+    run_to_end(decode)
+    return [output_of(sequence) for sequence in sequences]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_as_many_guesses_are_right_behind_a_hand_off_as_without_one(
+    temperature: float, target: ModelSource, draft: Path
+) -> None:
+    """The draft's cache is rebuilt from tokens, so it guesses the very same."""
+    counts = []
+    for run in (generate_with, handed_off):
+        speculation = Speculation((proposer_of(target, draft),), {1: FREE_ROWS}, max_rows=512, max_draft_tokens=4)
+        answers = run(target, speculation, 6, temperature=temperature)
+        assert answers == generate(engine_of(target, None), 6, temperature=temperature)
+        counts.append(speculation.totals())
+    assert counts[0] == counts[1]
+    assert sum(counts[0][1]) > 0
+
+
+def generate_with(target: ModelSource, speculation: Speculation, count: int, **params: Any) -> list[list[int]]:
+    return generate(engine_of(target, speculation), count, **params)
+
+
 def test_a_rejected_guess_leaves_nothing_behind(target: ModelSource, draft: Path) -> None:
     """The draft's cache follows the target's tokens: it guesses as a draft does that never saw the wrong ones."""
     followed, fresh = proposer_of(target, draft), proposer_of(target, draft)
