@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Sequence_
+from dataclasses import replace
+from functools import cache
 
 import numpy as np
 
@@ -95,12 +97,16 @@ class HeadsProposer:
 
 
 def _step(tokens: list[int]) -> RaggedStep:
-    """One row for each token; where it stands makes no difference without attention."""
-    count = len(tokens)
-    rows = np.arange(count + 1, dtype=np.int32)
-    nowhere = np.zeros(count, dtype=np.int32)
+    """One row for each token."""
+    return replace(_rows(len(tokens)), token_ids=np.array(tokens, dtype=np.int32))
+
+
+@cache
+def _rows(count: int) -> RaggedStep:
+    """Where rows stand makes no difference without attention."""
+    rows, nowhere = np.arange(count + 1, dtype=np.int32), np.zeros(count, dtype=np.int32)
     slots, tables = np.zeros(count, dtype=np.int64), np.zeros((count, 1), dtype=np.int32)
-    return RaggedStep(np.array(tokens, dtype=np.int32), nowhere, slots, rows, tables, nowhere, rows[:-1].copy())
+    return RaggedStep(nowhere, nowhere, slots, rows, tables, nowhere, rows[:-1].copy())
 
 
 def make(context: ProposerContext) -> HeadsProposer | None:

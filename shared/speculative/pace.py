@@ -39,5 +39,5 @@ class Pace:
 
 def confidence(logits: F32, head_ids: Int32, token: int) -> float:
     """The probability that logits of these ascending ids give a token, at temperature 1 and before filters."""
-    chosen = logits[np.searchsorted(head_ids, token)]
-    return 1.0 / max(1.0, float(np.exp(np.minimum(logits - chosen, 60.0)).sum()))
+    weights = np.exp(logits - logits.max())
+    return float(weights[np.searchsorted(head_ids, token)] / weights.sum())

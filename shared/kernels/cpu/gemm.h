@@ -242,30 +242,29 @@ inline void tile_rows(const sl_matrix& m, const uint8_t* w, const Rows& x, int64
     }
 }
 
+// As many rows as the registers hold beside the unpacked weights: these are unpacked once for all of them.
+constexpr int TOGETHER = SL_LEVEL == 2 ? 8 : 4;
+
+inline void tile_some(const sl_matrix& m, const uint8_t* w, const Rows& x, int64_t row, int count, F16* out) {
+    switch (count) {
+        case 1: return tile_rows<1>(m, w, x, row, out);
+        case 2: return tile_rows<2>(m, w, x, row, out);
+        case 3: return tile_rows<3>(m, w, x, row, out);
+#if SL_LEVEL == 2
+        case 4: return tile_rows<4>(m, w, x, row, out);
+        case 5: return tile_rows<5>(m, w, x, row, out);
+        case 6: return tile_rows<6>(m, w, x, row, out);
+        case 7: return tile_rows<7>(m, w, x, row, out);
+#endif
+        default: return tile_rows<TOGETHER>(m, w, x, row, out);
+    }
+}
+
 // Tile number `tile` times rows [row, row + count), count at most MAX_TOKENS; the bias is added.
 inline void tile(const sl_matrix& m, int64_t tile, const Rows& x, int64_t row, int count, F16* out) {
     const uint8_t* w = (const uint8_t*)m.data + tile * tile_bytes(m);
-    int done = 0;
-    while (done < count) {
-        int left = count - done;
-#if SL_LEVEL == 2
-        if (left >= 8) {
-            tile_rows<8>(m, w, x, row + done, out + done);
-            done += 8;
-            continue;
-        }
-#endif
-        if (left >= 4) {
-            tile_rows<4>(m, w, x, row + done, out + done);
-            done += 4;
-        } else if (left >= 2) {
-            tile_rows<2>(m, w, x, row + done, out + done);
-            done += 2;
-        } else {
-            tile_rows<1>(m, w, x, row + done, out + done);
-            done += 1;
-        }
-    }
+    for (int done = 0; done < count; done += TOGETHER)
+        tile_some(m, w, x, row + done, (int)(count - done < TOGETHER ? count - done : TOGETHER), out + done);
     if (m.bias)
         for (int t = 0; t < count; t++) out[t] = out[t] + f_load(m.bias + tile * LANES);
 }
