@@ -21,7 +21,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = tuple(
     f"tests/unit/test_{name}.py"
-    for name in ("kernels_matmul", "native_decoder", "native_draws", "native_filters", "native_threads", "draft_model")
+    for name in (
+        "kernels_matmul",
+        "native_decoder",
+        "native_draws",
+        "native_filters",
+        "native_threads",
+        "draft_model",
+        "heads",
+    )
 )
 FLAGS = ("-std=c++17", "-O1", "-g", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-w")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")

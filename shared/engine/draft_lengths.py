@@ -6,8 +6,8 @@ from collections.abc import Callable
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
 
-_WORTHWHILE = 1.03
-"""Expected gain below which a step goes without guesses: estimates are no better than that."""
+_WORTHWHILE = 1.08
+"""Expected gain below which a step goes without guesses: choosing by noisy estimates picks what was overestimated."""
 
 _LEAST_GAIN = 0.02
 """Places that add less are not weighed."""
