@@ -90,7 +90,10 @@ class HeadsProposer:
         """One more token for each chain; the rows to go on from."""
         draws = plan_guesses([(chain.ask.sequence, chain.tokens) for chain in chains])
         step = _step([chain.last for chain in chains])
-        logits, drawn, hidden = self._model.run(step, None, draws, cores=self._cores, states=states)
+        alone = len(chains) == 1  # waking another thread takes as long as it would save
+        logits, drawn, hidden = self._model.run(
+            *(step, None, draws), threads=int(alone), cores=None if alone else self._cores, states=states
+        )
         for chain, row, token in zip(chains, logits, drawn.tolist(), strict=True):
             chain.add(token, confidence(row, self._head_ids, token))
         return list(hidden)

@@ -13,7 +13,8 @@ _FIRST_SECONDS = 0.0003
 _GROWTH = 0.5
 """Before it is known what a step costs, and how it grows with the sequences in it."""
 
-_MEMORY = 0.9
+_FALLING, _RISING = 0.5, 0.05
+"""A quicker step counts for more than a slower one: the first ones are slow, and others were disturbed from outside."""
 
 
 class Pace:
@@ -32,9 +33,10 @@ class Pace:
         return self._seconds[nearest] * math.pow(max(1.0, num_sequences / nearest), _GROWTH)
 
     def observe(self, num_sequences: int, seconds: float) -> None:
-        """A step with so many sequences took so long; a single slow one does not count for much."""
+        """A step with so many sequences took so long."""
         known = self._seconds.setdefault(num_sequences, seconds)
-        self._seconds[num_sequences] = known + (min(seconds, 3 * known) - known) * (1 - _MEMORY)
+        change = min(seconds, 3 * known) - known
+        self._seconds[num_sequences] = known + change * (_FALLING if change < 0 else _RISING)
 
 
 def confidence(logits: F32, head_ids: Int32, token: int) -> float:
