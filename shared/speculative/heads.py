@@ -28,8 +28,8 @@ from shared.speculative.context import ProposerContext
 from shared.speculative.drafts import open_draft
 from shared.speculative.pace import Pace, confidence
 
-_LEAST_REACH = 0.1
-"""A chain less likely than this to be right so far is not guessed on."""
+_LEAST_REACH = 0.35
+"""A chain that is less likely right so far is not guessed on: a guess and its row cost a tenth of a step and more."""
 
 
 class _Chain:
