@@ -6,7 +6,7 @@ is over at its first wrong guess, so none is ever made behind one, and drafts of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -104,14 +104,19 @@ class HeadsCourse:
     Keeps the target's states at all these places in memory, two bytes a number.
     """
 
-    def __init__(self, heads: Heads, target: Target, texts: Sequence[Text], seed: int) -> None:
+    def __init__(
+        self, heads: Heads, target: Target, texts: Sequence[Text], seed: int, progress: Callable[[int], None]
+    ) -> None:
+        """Has the target read all texts again; `progress` gets the number read so far."""
         self._heads = heads
         self._seed = seed
         self._device = heads.head.device
         self._table = place_table(heads.head_ids.cpu().numpy(), heads.config.vocab_size)
-        self._states = np.concatenate(
-            [target.states(text.tokens[:-1].tolist(), text.num_generated) for text in texts if text.num_generated]
-        )
+        states = []
+        for number, text in enumerate(texts, 1):
+            states.append(target.states(text.tokens[:-1].tolist(), text.num_generated))
+            progress(number)
+        self._states = np.concatenate(states)
         self._tokens = np.concatenate([text.tokens[text.prompt_len :] for text in texts]).astype(np.int64)
         self._expected = joined([text.expected for text in texts])
         lengths = [text.num_generated for text in texts]

@@ -135,9 +135,10 @@ class _Training:
         frozen = read_frozen(source, head_ids)
         course: Course[Any]
         if options.kind is DraftKind.HEADS:
-            report(Progress(READING, 0, 1))
             heads = Heads(config, options.num_layers, config.intermediate_size, frozen).to(device)
-            course = HeadsCourse(heads, target, texts, options.seed)
+            course = HeadsCourse(
+                heads, target, texts, options.seed, lambda done: report(Progress(READING, done, len(texts)))
+            )
             self.student: Heads | Student = heads
         else:
             student = Student(config, options.num_layers, frozen, options.exit_layer)

@@ -367,7 +367,7 @@ def test_a_chain_is_taught_what_the_target_expects_where_it_stands(
     """Each place of a chain beside the obvious way: text by text, token by token, from the states of one pass."""
     head_ids = np.arange(VOCAB)
     heads = Heads(source.config, 1, 64, read_frozen(source, head_ids))
-    course = HeadsCourse(heads, target, texts, seed=1)
+    course = HeadsCourse(heads, target, texts, 1, nothing)
     batches = course.epoch(0)
     trained = sum(max(0, text.num_generated - 1) for text in texts if not text.is_held_out)
     assert sorted(np.concatenate(batches).tolist()) == sorted(set(np.concatenate(batches).tolist()))
