@@ -163,7 +163,8 @@ def distill(
     ] = DraftKind.HEADS,
     layers: Annotated[int, typer.Option(help="Layers of the draft, 1 to 4.")] = 2,
     exit_layer: Annotated[int, typer.Option(help="Layers of the target that a draft of layers begins with.")] = 0,
-    head_size: Annotated[int, typer.Option(help="Ids the draft knows.")] = 8192,
+    head_size: Annotated[int, typer.Option(help="Ids the draft learns.")] = 8192,
+    keep_ids: Annotated[int | None, typer.Option(help="Ids of these that it keeps; all when not given.")] = None,
     epochs: Annotated[float, typer.Option(help="How often the texts are read.")] = 4.0,
     on_policy: Annotated[int, typer.Option(help="Steps on drafts of its own, for layers.")] = 0,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 3e-3,
@@ -180,7 +181,8 @@ def distill(
     work = out.with_name(f"{out.name}.work") if work_dir is None else work_dir
     try:
         options = DistillOptions(
-            *(out, work, prompts, kind, tokens, layers, exit_layer, head_size, epochs, on_policy, learning_rate, seed)
+            *(out, work, prompts, kind, tokens, layers, exit_layer, head_size, keep_ids, epochs, on_policy),
+            *(learning_rate, seed),
         )
     except ConfigurationError as error:
         _fail(str(error))

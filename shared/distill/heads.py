@@ -111,7 +111,6 @@ class HeadsCourse:
         self._heads = heads
         self._seed = seed
         self._device = heads.head.device
-        self._table = place_table(heads.head_ids.cpu().numpy(), heads.config.vocab_size)
         states = []
         for number, text in enumerate(texts, 1):
             states.append(target.states(text.tokens[:-1].tolist(), text.num_generated))
@@ -137,6 +136,7 @@ class HeadsCourse:
     def lessons(self, batch: Int64) -> list[Lesson]:
         """Products in bfloat16, everything else in float32, as with layers."""
         found: list[Lesson] = []
+        table = place_table(self._heads.head_ids.cpu().numpy(), self._heads.config.vocab_size)
         at, states = batch, self._tensor(self._states[batch]).float()
         for place in range(NUM_PLACES):
             stays = at + 1 < self._ends[at]
@@ -147,7 +147,7 @@ class HeadsCourse:
                 states = self._heads(states, self._tensor(self._tokens[at]))
                 logits = self._heads.logits(states)
             at = at + 1
-            expected = expected_in_head(self._expected[at], self._table, self._device)
+            expected = expected_in_head(self._expected[at], table, self._device)
             found.append(Lesson(logits, expected, _FADING**place))
         return found
 

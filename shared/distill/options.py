@@ -17,7 +17,7 @@ class DistillOptions:
 
     `work` keeps texts and checkpoints of an unfinished run, `out` gets the draft. `num_tokens` is how many tokens the
     target writes; the student reads them `epochs` times and then learns for `on_policy_steps` on its own drafts. A
-    step takes `batch_rows` rows of `row_tokens` tokens. `threads` None: one for each core.
+    step takes `batch_rows` rows of `row_tokens` tokens. Of the `head_size` ids it learns, the draft keeps `kept_ids`.
     """
 
     out: Path
@@ -28,6 +28,7 @@ class DistillOptions:
     num_layers: int = 2
     exit_layer: int = 0
     head_size: int = 8192
+    kept_ids: int | None = None
     epochs: float = 4.0
     on_policy_steps: int = 0
     learning_rate: float = 3e-3
@@ -57,6 +58,8 @@ class DistillOptions:
             raise ConfigurationError("--on-policy is for drafts with layers: heads never go on from a wrong guess")
         if self.exit_layer and self.kind is DraftKind.HEADS:
             raise ConfigurationError("--exit-layer is for drafts with layers: heads go on from the target's last one")
+        if self.kept_ids is not None and not 1 <= self.kept_ids <= self.head_size:
+            raise ConfigurationError(f"--keep-ids is {self.kept_ids}: give 1 to the {self.head_size} of --head-size")
         if self.row_tokens < self.max_new_tokens + self.max_prompt_tokens:
             raise ConfigurationError("a row must hold the longest text")
 

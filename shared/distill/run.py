@@ -5,7 +5,7 @@
    id counts.
 3. It goes on with total variation on the same texts: 1 - acceptance itself, which gives up what would be refused.
 4. Layers learn on drafts of their own that the target judges, with total variation too.
-5. The draft is exported.
+5. The draft is exported, with the likeliest of the ids it has learnt.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from shared.distill.heads import Heads, HeadsCourse
 from shared.distill.lessons import Course
 from shared.distill.on_policy import DraftWriter
 from shared.distill.options import DistillOptions
-from shared.distill.student import LayersCourse, Student, read_frozen, read_layers, refuse_target
+from shared.distill.student import LayersCourse, Student, keep_ids, read_frozen, read_layers, refuse_target
 from shared.distill.target import Target
 from shared.distill.texts import Text, TextStore, TextWriter
 from shared.distill.training import Quality, Trainer
@@ -38,7 +39,7 @@ from shared.model.source import ModelSource, read_json
 from shared.tokenizer.loader import load_tokenizer
 
 LOADING, WRITING, READING = "loading", "writing texts", "reading texts"
-LEARNING, SHARPENING, DRAFTING = "forward KL", "total variation", "on-policy"
+LEARNING, SHARPENING, DRAFTING, KEEPING = "forward KL", "total variation", "on-policy", "fewer ids"
 _SHARPENING_SHARE = 0.3
 _TESTS = 20
 """How often a phase is measured on held-out texts while it runs."""
@@ -77,7 +78,12 @@ def distill(
     texts = _texts(source, target, options, report)
     run = _Training(target, settings.device, texts, options, report)
     notes = run.go(began)
-    recipe = {**options.of_texts(), **options.of_weights(), "prompts": str(options.prompts or "packaged")}
+    recipe = {
+        **options.of_texts(),
+        **options.of_weights(),
+        "kept_ids": options.kept_ids,
+        "prompts": str(options.prompts or "packaged"),
+    }
     recipe |= {"target": source.name, "num_texts": len(texts), "held_out": notes.measured, "seconds": notes.seconds}
     export_draft(options.out, options.kind, run.student, source, recipe)
     return recipe
@@ -131,8 +137,8 @@ class _Training:
         own = [text for text in texts if not text.is_held_out]
         if len(own) in (0, len(texts)):
             raise ConfigurationError("there are too few texts to train on some and test on others; raise --tokens")
-        head_ids = likeliest_ids(own, config.vocab_size, options.head_size)
-        frozen = read_frozen(source, head_ids)
+        self._likeliest = partial(likeliest_ids, own, config.vocab_size)
+        frozen = read_frozen(source, self._likeliest(options.head_size))
         course: Course[Any]
         if options.kind is DraftKind.HEADS:
             heads = Heads(config, options.num_layers, config.intermediate_size, frozen).to(device)
@@ -169,6 +175,7 @@ class _Training:
         self._learn(LEARNING, self._learning_steps - self._sharpening_steps, varied=False)
         self._learn(SHARPENING, self._learning_steps, varied=True)
         self._draft()
+        self._keep()
         return self._notes()
 
     def _learn(self, phase: str, last: int, *, varied: bool) -> None:
@@ -195,6 +202,12 @@ class _Training:
             self._after_step(DRAFTING, trainer.learn(pieces, varied=True), done + 1, steps)
         if steps and DRAFTING not in self._measured:
             self._measure(DRAFTING)
+
+    def _keep(self) -> None:
+        """The likeliest ids only: output rows are most of what a guess reads, and the last ones are rarely right."""
+        if self._options.kept_ids is not None:
+            keep_ids(self.student, self._likeliest(self._options.kept_ids))
+            self._measure(KEEPING)
 
     def _after_step(self, phase: str, loss: float, done: int, total: int) -> None:
         if done % max(1, total // _TESTS) == 0:

@@ -162,6 +162,12 @@ class Student(nn.Module):
         return F.linear(rows, self.head.to(rows.dtype)).float()
 
 
+def keep_ids(student: nn.Module, ids: npt.NDArray[np.int64]) -> None:
+    """Let a student say only these ids of its head; ascending."""
+    places = torch.searchsorted(student.head_ids, torch.from_numpy(ids).to(student.head_ids.device))  # type: ignore[arg-type]
+    student.head_ids, student.head = student.head_ids[places], student.head[places]  # type: ignore[index]
+
+
 Packed = list[list[Piece]]
 """Rows of texts that are computed together."""
 
@@ -175,7 +181,6 @@ class LayersCourse:
         self._texts = [text for text in texts if not text.is_held_out]
         self._held_out = [text for text in texts if text.is_held_out]
         self._device = student.head.device
-        self._table = place_table(student.head_ids.cpu().numpy(), student.config.vocab_size)
 
     def epoch(self, number: int) -> list[Packed]:
         options = self._options
@@ -198,7 +203,8 @@ class LayersCourse:
         with torch.autocast(self._device.type, torch.bfloat16):
             hidden, _ = self._student(laid.token_ids, laid.positions, laid.mask)
             logits = self._student.logits(hidden.flatten(0, 1)[laid.chosen])
-        return [Lesson(logits, expected_in_head(laid.expected, self._table, self._device))]
+        table = place_table(self._student.head_ids.cpu().numpy(), self._student.config.vocab_size)
+        return [Lesson(logits, expected_in_head(laid.expected, table, self._device))]
 
 
 def read_frozen(source: ModelSource, head_ids: npt.NDArray[np.int64]) -> Frozen:

@@ -18,7 +18,17 @@ from shared.distill.heads import NUM_PLACES, Heads, HeadsCourse
 from shared.distill.on_policy import DRAFT_TOKENS, DraftWriter
 from shared.distill.options import DistillOptions
 from shared.distill.rows import Draft, Piece, make_batch, pack
-from shared.distill.run import DRAFTING, LEARNING, SHARPENING, WRITING, Progress, distill, initial_layers, likeliest_ids
+from shared.distill.run import (
+    DRAFTING,
+    KEEPING,
+    LEARNING,
+    SHARPENING,
+    WRITING,
+    Progress,
+    distill,
+    initial_layers,
+    likeliest_ids,
+)
 from shared.distill.student import Student, read_frozen, read_layers, refuse_target
 from shared.distill.target import Target, best_of
 from shared.distill.texts import Text, TextStore, TextWriter, temperature_of
@@ -390,6 +400,27 @@ def test_a_chain_is_taught_what_the_target_expects_where_it_stands(
     assert [lesson.weight for lesson in lessons] == sorted((lesson.weight for lesson in lessons), reverse=True)
 
 
+@pytest.mark.parametrize("kind", DraftKind)
+def test_a_draft_keeps_the_likeliest_of_its_ids(
+    kind: DraftKind, source: ModelSource, options: DistillOptions, tmp_path: Path
+) -> None:
+    all_ids = replace(of_heads(options), kind=kind, out=tmp_path / "all")
+    held_out = distill(source, SETTINGS, all_ids, nothing)["held_out"]
+    fewer = replace(all_ids, kept_ids=100, out=tmp_path / "fewer")
+    assert isinstance(held_out, dict)
+    found = distill(source, SETTINGS, fewer, nothing)["held_out"]
+    assert isinstance(found, dict)
+    assert found[SHARPENING] == held_out[SHARPENING]
+    assert 0 < found[KEEPING]["acceptance"] < held_out[SHARPENING]["acceptance"]
+    before, after = weights(all_ids), weights(fewer)
+    ids = set(before.pop("head_ids").tolist())
+    kept = after.pop("head_ids").tolist()
+    assert len(kept) == 100
+    assert kept == sorted(ids.intersection(kept))
+    assert same(before, after)
+    assert len(resolve_draft(fewer.out, source).head_ids) == 100
+
+
 def test_a_draft_behind_the_targets_first_layers_has_its_own_only(
     source: ModelSource, options: DistillOptions, tmp_path: Path
 ) -> None:
@@ -412,6 +443,9 @@ def test_an_exit_behind_the_last_layer_is_refused(source: ModelSource, options: 
         distill(source, SETTINGS, replace(options, exit_layer=LAYERS), nothing)
     with pytest.raises(ConfigurationError, match="--exit-layer"):
         replace(options, exit_layer=-1)
+    for count in (0, options.head_size + 1):
+        with pytest.raises(ConfigurationError, match="--keep-ids"):
+            replace(options, kept_ids=count)
 
 
 def test_heads_do_not_learn_from_drafts_of_their_own(options: DistillOptions) -> None:

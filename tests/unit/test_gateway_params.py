@@ -140,3 +140,9 @@ def test_many_greedy_choices_are_accepted() -> None:
 )
 def test_among_keys_nobody_goes_before_others_on_the_workers(given: int, key_id: str, priority: int) -> None:
     assert worker_priority(given, key_id) == priority
+
+
+def test_who_may_guess_goes_with_the_request() -> None:
+    assert resolve(chat()).proposers is None
+    assert resolve(chat(speculation="none")).proposers == ()
+    assert resolve(completion(speculation=["heads", "suffix"])).proposers == ("heads", "suffix")
