@@ -62,7 +62,7 @@ def test_none_is_none_where_one_is_shipped(source: ModelSource) -> None:
 def test_it_guesses_right_where_the_model_answers_questions(
     temperature: float, source: ModelSource, draft: DraftSource
 ) -> None:
-    """First guesses, with the tokens unchanged. Less than in its recipe: answers begin with facts and repeat themselves later."""
+    """Less than in its recipe, which is of longer texts: answers begin with facts and repeat themselves later."""
     config = source.config
     layout = KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, 16, dtype="float32", k_transposed=True)
     model, codec = native(source, threads=2), load_tokenizer(source)
