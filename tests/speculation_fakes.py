@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence as Sequence_
 
-from shared.engine.proposer import Ask, Draft
+from shared.engine.proposer import Ask, Draft, Proposer
 from shared.engine.sequence import Sequence
 from shared.engine.speculation import Speculation
 from shared.engine.step_costs import StepCosts
@@ -58,6 +58,24 @@ class Oracle:
 
     def _mistaken(self, token: int) -> int:
         return (token + self._random.randrange(1, VOCAB)) % VOCAB
+
+
+class Confident:
+    """Another proposer's guesses, said to be sure and free, so that they are computed however seldom they are right."""
+
+    def __init__(self, proposer: Proposer) -> None:
+        self._proposer = proposer
+        self.name = proposer.name
+
+    def seconds(self, num_sequences: int) -> float:
+        return 0.0
+
+    def propose(self, asks: Sequence_[Ask]) -> list[Draft]:
+        drafts = self._proposer.propose(asks)
+        return [Draft(draft.tokens, (0.95,) * len(draft.tokens)) for draft in drafts]
+
+    def forget(self, sequence: Sequence) -> None:
+        self._proposer.forget(sequence)
 
 
 def always(oracle: Oracle, max_draft_tokens: int = 4) -> Speculation:

@@ -24,7 +24,7 @@ from shared.speculative.registry import load_proposer
 from tests.drafts import NUM_BLOCKS, context_of, target_of, write_draft, write_heads
 from tests.engine_fakes import make_sequence, output_of, run_to_end
 from tests.model_checkpoints import VOCAB_SIZE, tokens
-from tests.speculation_fakes import FREE_ROWS
+from tests.speculation_fakes import FREE_ROWS, Confident
 
 PARAMS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -156,7 +156,7 @@ def generate(target: ModelSource, speculation: Speculation | None, count: int, *
 def test_tokens_are_those_without_heads(
     params: dict[str, Any], batch: int, target: ModelSource, proposer: HeadsProposer
 ) -> None:
-    speculation = Speculation((proposer,), {1: FREE_ROWS}, max_rows=512, max_draft_tokens=4)
+    speculation = Speculation((Confident(proposer),), {1: FREE_ROWS}, max_rows=512, max_draft_tokens=4)
     with_heads = generate(target, speculation, batch, **params)
     assert with_heads == generate(target, None, batch, **params)
     drafted, accepted = speculation.totals()
