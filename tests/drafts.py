@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,15 @@ from tests.native_models import native
 HEAD_SIZE = 96
 BLOCK_SIZE = 16
 NUM_BLOCKS = 256
+
+PARAMS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "0.7": {"temperature": 0.7},
+    "1.0": {"temperature": 1.0},
+    "filters": {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
+    "penalties": {"temperature": 1.0, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2},
+    "bias": {"temperature": 1.0, "logit_bias": ((3, 4.0), (77, -3.0), (130, 2.0)), "stop_ids": (5, 6), "min_tokens": 9},
+}
 
 
 def target_of(folder: Path) -> ModelSource:

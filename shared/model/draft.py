@@ -30,6 +30,12 @@ FORMAT_VERSION = 2
 HEAD_IDS = "head_ids"
 FUSE = "model.fuse"
 
+_SHARED = (
+    *("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"),
+    *("vocab_size", "max_position", "rope_theta", "rope_scaling"),
+)
+"""What a draft has as its target: memory, cache layout and scratch of the kernels are of one shape for both."""
+
 Int32 = npt.NDArray[np.int32]
 
 
@@ -99,7 +105,7 @@ def _head_ids(file: SafetensorsFolder, path: Path) -> Int32:
 
 def _check(path: Path, draft: ModelConfig, target: ModelConfig) -> None:
     """What the two share in memory must have one shape."""
-    for name in ("hidden_size", "head_dim", "vocab_size", "max_position", "rope_theta", "rope_scaling"):
+    for name in _SHARED:
         if getattr(draft, name) != getattr(target, name):
             raise ModelFormatError(
                 f"{path}: {name} is {getattr(draft, name)}, the target's {getattr(target, name)}; make the draft again."

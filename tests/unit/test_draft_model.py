@@ -29,19 +29,10 @@ from shared.model.source import ModelSource
 from shared.protocol.sampling import SamplingParams
 from shared.speculative.draft_model import DraftModelProposer
 from shared.speculative.registry import load_proposer
-from tests.drafts import BLOCK_SIZE, NUM_BLOCKS, context_of, target_of, write_draft
+from tests.drafts import BLOCK_SIZE, NUM_BLOCKS, PARAMS, context_of, target_of, write_draft
 from tests.engine_fakes import make_sequence, output_of, run_to_end
 from tests.model_checkpoints import VOCAB_SIZE, tokens
 from tests.speculation_fakes import FREE_ROWS
-
-PARAMS: dict[str, dict[str, Any]] = {
-    "greedy": {},
-    "0.7": {"temperature": 0.7},
-    "1.0": {"temperature": 1.0},
-    "filters": {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
-    "penalties": {"temperature": 1.0, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2},
-    "bias": {"temperature": 1.0, "logit_bias": ((3, 4.0), (77, -3.0), (130, 2.0)), "stop_ids": (5, 6), "min_tokens": 9},
-}
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +273,8 @@ def _changed(folder: Path, into: Path, change: Callable[[dict[str, Any]], None])
         (lambda c: c["slipstream_draft"].update(exit_layer=2), ModelFormatError, "exit_layer"),
         (lambda c: c["slipstream_draft"].update(exit_layer="1"), ModelFormatError, "exit_layer"),
         (lambda c: c.update(hidden_size=32), ModelFormatError, "hidden_size"),
+        (lambda c: c.update(intermediate_size=256), ModelFormatError, "intermediate_size"),
+        (lambda c: c.update(num_key_value_heads=1), ModelFormatError, "num_kv_heads"),
         (lambda c: c.update(rope_theta=5.0), ModelFormatError, "rope_theta"),
     ],
 )

@@ -21,19 +21,10 @@ from shared.model.native import NativeDecoder
 from shared.model.source import ModelSource
 from shared.speculative.heads import HeadsProposer
 from shared.speculative.registry import load_proposer
-from tests.drafts import NUM_BLOCKS, context_of, target_of, write_draft, write_heads
+from tests.drafts import NUM_BLOCKS, PARAMS, context_of, target_of, write_draft, write_heads
 from tests.engine_fakes import make_sequence, output_of, run_to_end
 from tests.model_checkpoints import VOCAB_SIZE, tokens
 from tests.speculation_fakes import FREE_ROWS, Confident
-
-PARAMS: dict[str, dict[str, Any]] = {
-    "greedy": {"temperature": 0.0},
-    "0.7": {"temperature": 0.7},
-    "1.0": {"temperature": 1.0},
-    "filters": {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
-    "penalties": {"temperature": 1.0, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2},
-    "bias": {"temperature": 1.0, "logit_bias": ((3, 4.0), (77, -3.0), (130, 2.0)), "stop_ids": (5, 6), "min_tokens": 9},
-}
 
 
 @pytest.fixture(scope="module")
