@@ -15,6 +15,8 @@ from typing import Any, TypeVar, cast
 import msgpack
 
 from shared.errors import ProtocolError
+from shared.protocol.beats import pack_beat, unpack_beat
+from shared.protocol.fields import MAX_TEXT, MAX_TOKEN_ID, MAX_TOKENS, Fields
 from shared.protocol.messages import (
     FINISH_LENGTH,
     FINISH_STOP,
@@ -41,19 +43,7 @@ from shared.protocol.sampling import (
 )
 
 MAX_MESSAGE_BYTES = 32 << 20
-MAX_TOKENS = 1 << 20
-MAX_TOKEN_ID = (1 << 31) - 1
-MAX_NAME = 512
-MAX_TEXT = 2048
-MAX_ADDRESSES = 16
-MAX_DRAFT_TOKENS = 128
-MAX_INT = (1 << 53) - 1
-MAX_SEED = (1 << 64) - 1
-_BEAT_FIELDS = 28
-_OLD_BEAT_SIZES = (19, 20, 24)
-_NEW_BEAT_FIELDS: tuple[Any, ...] = (*[0] * 7, [], [])
-"""What workers of old versions do not say, from the 20th field on."""
-"""Beats of older workers: without `max_num_seqs` and the counts of the sweep, and without these counts."""
+_MAX_SEED = (1 << 64) - 1
 
 Message = Job | Marker | Tokens | End | WorkerBeat
 M = TypeVar("M", Job, Marker, Tokens, End, WorkerBeat, Usage)
@@ -61,87 +51,6 @@ M = TypeVar("M", Job, Marker, Tokens, End, WorkerBeat, Usage)
 
 class UnknownVersion(ProtocolError):
     """A message written by a newer release; leave it for a process that knows it."""
-
-
-class _Fields:
-    """Reads the fields of one decoded array in order, each with its bound."""
-
-    __slots__ = ("_at", "_items", "_what")
-
-    def __init__(self, items: object, what: str, size: int) -> None:
-        if type(items) is not list or len(items) != size:
-            raise ProtocolError(f"{what} is not an array of {size} fields")
-        self._items: list[Any] = items
-        self._what = what
-        self._at = 0
-
-    def take(self) -> Any:
-        self._at += 1
-        return self._items[self._at - 1]
-
-    def bad(self, expected: str) -> ProtocolError:
-        return ProtocolError(f"field {self._at} of {self._what} is not {expected}")
-
-    def integer(self, low: int = 0, high: int = MAX_INT) -> int:
-        value = self.take()
-        if type(value) is not int or not low <= value <= high:
-            raise self.bad(f"an integer of {low}..{high}")
-        return value
-
-    def optional_int(self, high: int) -> int | None:
-        if self._items[self._at] is None:
-            return cast(None, self.take())
-        return self.integer(0, high)
-
-    def number(self) -> float:
-        value = self.take()
-        if type(value) is not float or not math.isfinite(value):
-            raise self.bad("a finite number")
-        return value
-
-    def optional_words(self, *words: str) -> tuple[str, ...] | None:
-        value = self.take()
-        if value is None:
-            return None
-        if type(value) is not list or len(value) > len(words) or any(word not in words for word in value):
-            raise self.bad(f"some of {', '.join(words)}")
-        return tuple(value)
-
-    def text(self, limit: int = MAX_NAME) -> str:
-        value = self.take()
-        if type(value) is not str or len(value) > limit:
-            raise self.bad(f"text of at most {limit} characters")
-        return value
-
-    def word(self, *words: str) -> str:
-        value = self.take()
-        if value not in words or type(value) is not str:
-            raise self.bad(f"one of {', '.join(words)}")
-        return value
-
-    def array(self, limit: int) -> list[Any]:
-        value = self.take()
-        if type(value) is not list or len(value) > limit:
-            raise self.bad(f"an array of at most {limit}")
-        return value
-
-    def ids(self, limit: int = MAX_TOKENS, high: int = MAX_TOKEN_ID) -> tuple[int, ...]:
-        value = self.array(limit)
-        if value and (set(map(type, value)) != {int} or min(value) < 0 or max(value) > high):
-            raise self.bad("an array of token ids")
-        return tuple(value)
-
-    def counts(self, limit: int) -> tuple[int, ...]:
-        values = self.array(limit)
-        if any(type(value) is not int or not 0 <= value <= MAX_INT for value in values):
-            raise self.bad("an array of counts")
-        return tuple(values)
-
-    def hash(self) -> str:
-        value = self.take()
-        if type(value) is not str or len(value) not in (0, 16):
-            raise self.bad("a chain hash")
-        return value
 
 
 def encode(message: Message) -> bytes:
@@ -204,11 +113,11 @@ def _pack_logprob(value: TokenLogprob | None) -> list[Any] | None:
 
 
 def _logprob(value: object) -> TokenLogprob:
-    fields = _Fields(value, "a log-prob", 2)
+    fields = Fields(value, "a log-prob", 2)
     logprob = _probability(fields.take())
     top: list[tuple[int, float]] = []
     for item in fields.array(MAX_LOGPROBS):
-        pair = _Fields(item, "an alternative", 2)
+        pair = Fields(item, "an alternative", 2)
         top.append((pair.integer(0, MAX_TOKEN_ID), _probability(pair.take())))
     return TokenLogprob(logprob, tuple(top))
 
@@ -253,7 +162,7 @@ def _one_token(items: list[Any]) -> Tokens | None:
 
 
 def _any_tokens(items: list[Any]) -> Tokens:
-    f = _Fields(items, "Tokens", 8)
+    f = Fields(items, "Tokens", 8)
     choice, base, h_base, h, tokens = (
         f.integer(0, MAX_CHOICES - 1),
         f.integer(0, MAX_TOKENS),
@@ -276,10 +185,10 @@ def _pack_marker(m: Marker) -> list[Any]:
 
 
 def _unpack_marker(items: list[Any]) -> Marker:
-    f = _Fields(items, "Marker", 2)
+    f = Fields(items, "Marker", 2)
     at = f.ids(MAX_CHOICES, MAX_TOKENS)
     lists = f.array(MAX_CHOICES)
-    tokens = tuple(_Fields([ids], "Marker", 1).ids() for ids in lists)
+    tokens = tuple(Fields([ids], "Marker", 1).ids() for ids in lists)
     if tokens and len(tokens) != len(at):
         raise ProtocolError(f"Marker has {len(at)} choices but tokens of {len(tokens)}")
     return Marker(at, tokens)
@@ -303,7 +212,7 @@ def _pack_usage(u: Usage) -> list[Any]:
 def _unpack_usage(items: object) -> Usage:
     if items == []:
         return Usage()
-    f = _Fields(items, "Usage", 10)
+    f = Fields(items, "Usage", 10)
     return Usage(
         f.text(), f.text(), f.text(), f.integer(), f.integer(), f.integer(), f.number(), f.integer(), f.text(), f.text()
     )  # fmt: skip
@@ -314,7 +223,7 @@ def _pack_end(e: End) -> list[Any]:
 
 
 def _unpack_end(items: list[Any]) -> End:
-    f = _Fields(items, "End", 5)
+    f = Fields(items, "End", 5)
     outcome = f.word(OUTCOME_FINISHED, OUTCOME_CANCELLED, OUTCOME_ERROR)
     return End(outcome, f.text(), f.text(MAX_TEXT), f.integer(-1, MAX_TOKENS), _unpack_usage(f.take()))
 
@@ -332,13 +241,13 @@ def _pack_params(p: SamplingParams) -> list[Any]:
 
 
 def _unpack_params(items: object) -> SamplingParams:
-    f = _Fields(items, "SamplingParams", 16)
-    max_tokens, seed, min_tokens = f.integer(0, MAX_TOKENS), f.integer(0, MAX_SEED), f.integer(0, MAX_TOKENS)
+    f = Fields(items, "SamplingParams", 16)
+    max_tokens, seed, min_tokens = f.integer(0, MAX_TOKENS), f.integer(0, _MAX_SEED), f.integer(0, MAX_TOKENS)
     top_k, n = f.integer(0, MAX_TOKEN_ID), f.integer(1, MAX_CHOICES)
     logprobs, prompt_logprobs = f.optional_int(MAX_LOGPROBS), f.optional_int(MAX_LOGPROBS)
     temperature, top_p, min_p = f.number(), f.number(), f.number()
     presence, frequency, repetition = f.number(), f.number(), f.number()
-    pairs = [_Fields(item, "a logit bias", 2) for item in f.array(MAX_LOGIT_BIAS)]
+    pairs = [Fields(item, "a logit bias", 2) for item in f.array(MAX_LOGIT_BIAS)]
     bias = tuple((pair.integer(0, MAX_TOKEN_ID), pair.number()) for pair in pairs)
     return SamplingParams(
         max_tokens=max_tokens,
@@ -366,7 +275,7 @@ def _pack_job(j: Job) -> list[Any]:
 
 
 def _unpack_job(items: list[Any]) -> Job:
-    f = _Fields(items, "Job", 11)
+    f = Fields(items, "Job", 11)
     request_id, model, gateway, prefill, decode_stream = f.text(), f.text(), f.text(), f.text(), f.text()
     adapter, tenant, priority, budget_ms = f.text(), f.text(), f.integer(-MAX_TOKEN_ID, MAX_TOKEN_ID), f.integer()
     return Job(
@@ -384,78 +293,18 @@ def _unpack_job(items: list[Any]) -> Job:
     )
 
 
-def _pack_beat(b: WorkerBeat) -> list[Any]:
-    names = (b.worker_id, b.role, b.state, b.model, b.numerics, b.layout, b.version, b.host)
-    counts = (
-        b.running,
-        b.waiting,
-        b.kv_tokens,
-        b.kv_tokens_used,
-        b.max_request_tokens,
-        b.requests_done,
-        b.pid,
-        int(b.equal_tokens),
-    )
-    rates = (float(b.progress), float(b.tokens_per_second))
-    swept = (b.dead_workers_swept, b.requests_swept, b.own_entries_swept, b.orphans_cancelled)
-    guesses = (b.generated_tokens, b.sequence_steps, b.drafted, b.accepted)
-    return ["W", PROTOCOL_VERSION, *names, *counts, *rates, b.addresses, b.max_num_seqs, *swept, *guesses]
-
-
-def _unpack_beat(items: list[Any]) -> WorkerBeat:
-    unsaid = _NEW_BEAT_FIELDS[len(items) - _BEAT_FIELDS :] if len(items) in _OLD_BEAT_SIZES else ()
-    f = _Fields([*items, *unsaid], "WorkerBeat", _BEAT_FIELDS)
-    worker_id, role, state, model = f.text(), f.word("prefill", "decode"), f.text(), f.text()
-    numerics, layout, version, host = f.text(), f.text(), f.text(), f.text()
-    running, waiting, kv_tokens, used, longest, done, pid, equal = (f.integer() for _ in range(8))
-    progress, rate = f.number(), f.number()
-    pairs = [_Fields(item, "an address", 2) for item in f.array(MAX_ADDRESSES)]
-    max_num_seqs, dead_workers, requests, own_entries, orphans, generated, steps = (f.integer() for _ in range(7))
-    drafted, accepted = f.counts(MAX_DRAFT_TOKENS), f.counts(MAX_DRAFT_TOKENS)
-    return WorkerBeat(
-        worker_id=worker_id,
-        role=role,
-        state=state,
-        model=model,
-        numerics=numerics,
-        layout=layout,
-        addresses=tuple((pair.text(), pair.text()) for pair in pairs),
-        progress=progress,
-        running=running,
-        waiting=waiting,
-        kv_tokens=kv_tokens,
-        kv_tokens_used=used,
-        max_request_tokens=longest,
-        tokens_per_second=rate,
-        requests_done=done,
-        pid=pid,
-        version=version,
-        host=host,
-        equal_tokens=bool(equal),
-        max_num_seqs=max_num_seqs,
-        dead_workers_swept=dead_workers,
-        requests_swept=requests,
-        own_entries_swept=own_entries,
-        orphans_cancelled=orphans,
-        generated_tokens=generated,
-        sequence_steps=steps,
-        drafted=drafted,
-        accepted=accepted,
-    )
-
-
 _PACK: dict[type, Callable[[Any], list[Any]]] = {
     Tokens: _pack_tokens,
     Marker: _pack_marker,
     End: _pack_end,
     Job: _pack_job,
-    WorkerBeat: _pack_beat,
+    WorkerBeat: pack_beat,
 }
 _UNPACK: dict[type, tuple[str, Callable[[list[Any]], Any]]] = {
     Tokens: ("T", _unpack_tokens),
     Marker: ("M", _unpack_marker),
     End: ("E", _unpack_end),
     Job: ("J", _unpack_job),
-    WorkerBeat: ("W", _unpack_beat),
+    WorkerBeat: ("W", unpack_beat),
 }
 _EVENTS: dict[bytes, type[Tokens] | type[Marker] | type[End]] = {b"T": Tokens, b"M": Marker, b"E": End}

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from shared.errors import ProtocolError
 from shared.protocol.codec import (
     MAX_MESSAGE_BYTES,
-    MAX_TOKENS,
     UnknownVersion,
     decode,
     decode_event,
@@ -21,6 +20,7 @@ from shared.protocol.codec import (
     encode_usage,
     unpack,
 )
+from shared.protocol.fields import MAX_TOKENS
 from shared.protocol.messages import End, Job, Marker, TokenLogprob, Tokens, Usage, WorkerBeat
 from shared.protocol.sampling import MAX_CHOICES, PROPOSER_NAMES, SamplingParams
 
