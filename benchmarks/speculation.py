@@ -2,9 +2,10 @@
 
     python -m benchmarks.speculation --rounds 3 --out docs/data/speculation.json
 
-Two `slipstream serve` run side by side, one with `--speculation none`; while one is loaded the other is idle. Each cell
-is measured on both in turn, round by round, with prompts that never repeat: so many streams at once, each followed by
-another until all requests are through. Greedy or sampled with a seed; a request's answers of the two must be equal.
+Three `slipstream serve` run side by side, two of them with `--speculation none`; while one is loaded the others are
+idle. Each cell is measured on all in turn, round by round, with prompts that never repeat: so many streams at once,
+each followed by another until all requests are through. Greedy or sampled with a seed; a request's answers of the three
+must be equal. The ratio of the two that do the same says what a ratio of this machine is worth.
 """
 
 from __future__ import annotations
@@ -88,28 +89,28 @@ async def load(
 def measure(
     urls: dict[str, str], codec: TextCodec, kind: str, streams: int, temperature: float, numbers: itertools.count[int]
 ) -> dict[str, Any]:
-    """One cell on both servers, one after the other."""
+    """One cell on all servers, one after the other."""
     texts = [KINDS[kind](next(numbers)) for _ in range(STREAMS[streams])]
     prompts = [codec.encode_chat(codec.template.render([{"role": "user", "content": text}])) for text in texts]
     found: dict[str, Any] = {"kind": kind, "streams": streams, "temperature": temperature}
     answers = {}
     for name, url in urls.items():
         found[name], answers[name] = asyncio.run(load(url, prompts, streams, temperature))
-    if answers["with"] != answers["without"]:
+    if any(answer != answers["without"] for answer in answers.values()):
         raise RuntimeError(f"{kind}, {streams} streams: the answers differ")
     return found
 
 
-def render(results: Sequence[dict[str, Any]]) -> str:
-    """Ratios of one round to the next as a Markdown table: median with minimum and maximum."""
+def render(results: Sequence[dict[str, Any]], name: str) -> str:
+    """A server's ratios to the one without speculation as a Markdown table: median of the rounds, minimum, maximum."""
     columns = list(dict.fromkeys(result["streams"] for result in results))
     lines = ["| prompts | " + " | ".join(map(str, columns)) + " |", "| --- |" + " --- |" * len(columns)]
     for kind, temperature in dict.fromkeys((result["kind"], result["temperature"]) for result in results):
         cells = []
         for streams in columns:
             same = [r for r in results if (r["kind"], r["temperature"], r["streams"]) == (kind, temperature, streams)]
-            ratios = [result["with"] / result["without"] for result in same]
-            speed = median(result["with"] for result in same)
+            ratios = [result[name] / result["without"] for result in same]
+            speed = median(result[name] for result in same)
             cells.append(f"{median(ratios):.2f} [{min(ratios):.2f}-{max(ratios):.2f}], {speed:.0f}")
         lines.append(f"| {kind}, T = {temperature:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -124,20 +125,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     codec, numbers, results = load_tokenizer(resolve("smollm2")), itertools.count(), list[dict[str, Any]]()
+    tables = dict[str, str]()
     flags = ("--draft", options.draft) if options.draft else ()
-    urls = {"without": f"http://127.0.0.1:{PORT}", "with": f"http://127.0.0.1:{PORT + 1}"}
+    urls = {name: f"http://127.0.0.1:{PORT + at}" for at, name in enumerate(("without", "with", "control"))}
     with (
         slipstream("smollm2", "--speculation", "none").running(PORT),
         slipstream("smollm2", *flags).running(PORT + 1),
+        slipstream("smollm2", "--speculation", "none").running(PORT + 2),
     ):
         time.sleep(SETTLE_S)
         for number in range(options.rounds):
             for temperature, kind, streams in itertools.product(options.temperatures, KINDS, options.streams):
-                order = dict(reversed(urls.items())) if number % 2 else urls
+                order = dict(itertools.islice(itertools.cycle(urls.items()), number % 3, number % 3 + 3))
                 results.append(measure(order, codec, kind, streams, temperature, numbers) | {"round": number})
-            write_raw(options.out, results, table=render(results).splitlines())
+            tables = {name: render(results, name) for name in ("with", "control")}
+            write_raw(options.out, results, **{name: table.splitlines() for name, table in tables.items()})
             print(f"round {number + 1} of {options.rounds} done", file=sys.stderr, flush=True)
-    print(render(results))
+    print("\n\n".join(tables.values()))
 
 
 if __name__ == "__main__":

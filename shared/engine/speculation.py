@@ -7,8 +7,11 @@ what is not worth its rows now goes on being judged.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field, replace
+
+import structlog
 
 from shared.engine.acceptance import Acceptance
 from shared.engine.draft_lengths import Chain, choose_lengths
@@ -17,6 +20,8 @@ from shared.engine.proposer import NO_DRAFT, Ask, Draft, Proposer
 from shared.engine.scheduler import Scheduled, Scheduler
 from shared.engine.sequence import Sequence
 from shared.engine.step_costs import StepCosts
+
+log = structlog.get_logger()
 
 _SUREST = 0.98
 """What is not worth it with such chances is not worth asking for."""
@@ -86,6 +91,8 @@ class Speculation:
     _payable: dict[tuple[int, int, int], bool] = field(default_factory=dict)
     _unasked: list[int] = field(default_factory=list)
     _num_cores: int = 0
+    _guessing_s: float = 0.0
+    _failed: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._acceptance = [Acceptance() for _ in self.proposers]
@@ -101,6 +108,7 @@ class Speculation:
     def extend(self, plan: list[Scheduled], scheduler: Scheduler, num_cores: int) -> list[Scheduled]:
         """The plan with the drafts that are worth their rows, in a step on so many cores."""
         self._guesses.clear()
+        self._guessing_s = 0.0
         self._num_cores = max((cores for cores in self.tables if cores <= num_cores), default=0)
         if not self._num_cores:
             return plan
@@ -122,9 +130,9 @@ class Speculation:
         return drafted, tuple([sum(place) for place in zip(*(count.accepted for count in counts), strict=True)])
 
     def observe_beside(self, seconds: float) -> None:
-        """So much passed between two steps' times in the model."""
+        """So much passed between two steps' times in the model; what proposers name as their own time is not in it."""
         for costs in self.tables.values():
-            costs.observe_beside(seconds)
+            costs.observe_beside(max(0.0, seconds - self._guessing_s))
 
     def observe_step(self, plan: Sequence_[Scheduled], seconds: float) -> None:
         """A planned step took so long in the model; prompts' rows cost less than sampled ones and teach nothing."""
@@ -178,19 +186,35 @@ class Speculation:
 
     def _propose(self, asks: list[Ask], num_rows: int, num_tokens: int) -> None:
         """A guess for each sequence, of the first proposer that has one, or of a later one that is likelier right."""
-        for index, proposer in enumerate(self.proposers):
+        for index in range(len(self.proposers)):
             open_asks = [ask for ask in asks if self._is_open(index, ask.sequence)]
             chosen = self._affordable(index, open_asks, num_rows, num_tokens)
             if not chosen:
                 continue
-            for ask, draft in zip(chosen, proposer.propose(chosen), strict=True):
+            for ask, draft in zip(chosen, self._drafts(index, chosen), strict=True):
                 if draft.tokens:
                     self._guesses[ask.sequence] = Guess(draft, index)
         for ask in asks:
             if ask.sequence not in self._guesses:
                 self._rests.setdefault(ask.sequence, Rest()).begin()
 
+    def _drafts(self, index: int, asks: list[Ask]) -> list[Draft]:
+        """What a proposer guesses. One that raises is not asked again: tokens do not need it."""
+        proposer, began = self.proposers[index], time.perf_counter()
+        is_timed = proposer.seconds(len(asks)) > 0
+        try:
+            drafts = proposer.propose(asks)
+        except Exception:
+            log.exception("proposer_failed", proposer=proposer.name, hint="it guesses no more until a restart")
+            self._failed.add(index)
+            return [NO_DRAFT] * len(asks)
+        if is_timed:
+            self._guessing_s += time.perf_counter() - began
+        return drafts
+
     def _is_open(self, index: int, sequence: Sequence) -> bool:
+        if index in self._failed:
+            return False
         allowed = sequence.params.proposers
         if allowed is not None and self.proposers[index].name not in allowed:
             return False

@@ -41,9 +41,16 @@ def open_draft(context: ProposerContext, kind: DraftKind) -> tuple[DraftSource, 
     if draft is None or draft.kind is not kind:
         return None
     if not isinstance(context.model, NativeDecoder) or library is None:
-        log.info(
-            "draft_not_used", reason="drafts are computed by the native kernels, and they do not compute the target"
-        )
+        reason = "drafts are computed by the native kernels, and they do not compute the target"
+        if draft.path.parent == SHIPPED:
+            log.info("draft_not_used", reason=reason)
+        else:
+            log.warning(
+                "draft_not_used",
+                draft=str(draft.path),
+                reason=reason,
+                hint="start with --kernels native to see why, or without --draft",
+            )
         return None
     layout = replace(context.layout, num_layers=draft.num_layers)
     model = load_native_draft(draft, context.source, context.model, library, layout, context.model.num_threads)

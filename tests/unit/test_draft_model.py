@@ -6,11 +6,12 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from shared.engine.batch import build_step
 from shared.engine.draws import plan_draws
@@ -24,6 +25,7 @@ from shared.engine.speculation import Speculation
 from shared.errors import ConfigurationError, ModelFormatError
 from shared.kv.cache import KVCache
 from shared.model.draft import resolve_draft
+from shared.model.language_model import LanguageModel
 from shared.model.native import NativeDecoder
 from shared.model.source import ModelSource
 from shared.protocol.sampling import SamplingParams
@@ -298,3 +300,11 @@ def test_ids_outside_the_targets_vocabulary_are_refused(target: ModelSource, dra
 
 def test_no_draft_no_proposer(target: ModelSource) -> None:
     assert load_proposer("draft", context_of(target, None)) is None
+
+
+def test_who_asks_for_a_draft_that_cannot_be_computed_is_warned(target: ModelSource, draft: Path) -> None:
+    without_kernels = replace(context_of(target, draft), model=cast(LanguageModel, object()))
+    with capture_logs() as logs:
+        assert load_proposer("draft", without_kernels) is None
+    assert [(entry["event"], entry["log_level"]) for entry in logs] == [("draft_not_used", "warning")]
+    assert str(draft) in logs[0]["draft"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence as Sequence_
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.engine.draft_lengths import Chain, choose_lengths
+from shared.engine.proposer import Ask, Draft
 from shared.engine.sequence import Sequence
 from shared.engine.speculation import Speculation
 from tests.engine_fakes import VOCAB, expected_tokens, make_engine, make_sequence, output_of, run_to_end
@@ -74,6 +76,37 @@ def test_a_request_says_who_may_guess(allowed: tuple[str, ...] | None, guessed: 
     run_to_end(engine)
     check(sequences)
     assert (speculation.counts["oracle"].drafted[0] > 0) == guessed
+
+
+class _Broken(Oracle):
+    """Guesses for a while, then raises."""
+
+    def __init__(self, num_calls: int) -> None:
+        super().__init__(0.0)
+        self.num_calls = num_calls
+        self.calls = 0
+
+    def propose(self, asks: Sequence_[Ask]) -> list[Draft]:
+        self.calls += 1
+        if self.calls > self.num_calls:
+            raise RuntimeError("out of guesses")
+        return super().propose(asks)
+
+
+@pytest.mark.parametrize("num_calls", [0, 2])
+def test_a_proposer_that_fails_costs_its_guesses_and_nothing_else(num_calls: int) -> None:
+    broken, other = _Broken(num_calls), Oracle(0.5)
+    other.name = "other"
+    speculation = Speculation((broken, other), {1: FREE_ROWS}, max_rows=512)
+    engine, _ = make_engine(speculation=speculation)
+    sequences = sequences_of({"temperature": 1.0, "max_tokens": 20})
+    for sequence in sequences:
+        engine.add(sequence)
+    run_to_end(engine)
+    check(sequences)
+    assert broken.calls == num_calls + 1, "it is not asked again"
+    assert speculation.counts["other"].drafted[0] > 0, "the next proposer takes its place"
+    assert engine.blocks.num_free == engine.blocks.num_usable
 
 
 def test_blocks_filled_under_speculation_serve_the_next_request() -> None:

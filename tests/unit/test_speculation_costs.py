@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence as Sequence_
+from types import SimpleNamespace
 
 import pytest
 
@@ -140,3 +141,36 @@ def test_who_is_too_dear_is_tried_now_and_then_and_used_once_it_pays() -> None:
     run_to_end(engine)
     assert len(oracle.asked) > tried
     assert engine.load().steps - before < 30, "forty tokens are left, and all guesses are right"
+
+
+class _Slow(_Priced):
+    """Moves a clock by what its guesses cost."""
+
+    clock = 0.0
+
+    def propose(self, asks: Sequence_[Ask]) -> list[Draft]:
+        self.clock += self.price
+        return super().propose(asks)
+
+
+class _Noting(FixedCosts):
+    noted: float | None = None
+
+    def observe_beside(self, seconds: float) -> None:
+        self.noted = seconds
+
+
+@pytest.mark.parametrize("price", [0.25, 0.0])
+def test_the_time_of_guessing_is_not_taken_for_time_beside_the_model(
+    price: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    oracle, costs = _Slow(price), _Noting([1, 1000], [1.0, 1.0 + 1e-9])
+    speculation = Speculation((oracle,), {1: costs}, max_rows=512)
+    sequence = make_sequence([5, 6, 7], max_tokens=100)
+    engine, _ = make_engine(num_blocks=200, speculation=speculation)
+    engine.add(sequence)
+    monkeypatch.setattr("shared.engine.speculation.time", SimpleNamespace(perf_counter=lambda: oracle.clock))
+    while not oracle.asked:
+        engine.step()
+    speculation.observe_beside(0.5 + price)
+    assert costs.noted == pytest.approx(0.5)
