@@ -11,12 +11,19 @@ import torch
 from shared.distill.export import export_draft
 from shared.distill.heads import Heads
 from shared.distill.student import Student, read_frozen, read_layers
+from shared.engine.engine import Engine
+from shared.engine.runner import NativeRunner
+from shared.engine.scheduler import SchedulerLimits
+from shared.engine.speculation import Speculation
+from shared.kv.cache import KVCache
 from shared.kv.layout import KVLayout
 from shared.model.draft import resolve_draft
 from shared.model.draft_kind import DraftKind
+from shared.model.native import NativeDecoder
 from shared.model.source import ModelSource, resolve
 from shared.speculative.context import ProposerContext
-from tests.model_checkpoints import VOCAB_SIZE, random_model
+from tests.engine_fakes import make_sequence, output_of, run_to_end
+from tests.model_checkpoints import VOCAB_SIZE, random_model, tokens
 from tests.native_models import native
 
 HEAD_SIZE = 96
@@ -67,3 +74,29 @@ def context_of(target: ModelSource, draft: Path | None) -> ProposerContext:
     config = target.config
     layout = KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, BLOCK_SIZE, k_transposed=True)
     return ProposerContext(target, native(target), layout, NUM_BLOCKS, resolve_draft(draft, target) if draft else None)
+
+
+def engine_of(target: ModelSource, speculation: Speculation | None, num_blocks: int = NUM_BLOCKS) -> Engine:
+    """On the native kernels, with a cache of so many blocks."""
+    context = context_of(target, None)
+    assert isinstance(context.model, NativeDecoder)
+    return Engine(
+        NativeRunner(context.model, KVCache(context.layout, num_blocks)), SchedulerLimits(), speculation=speculation
+    )
+
+
+def prompts(count: int) -> list[list[int]]:
+    """Of several lengths, and never the same two."""
+    return [tokens(5 + 7 * index % 40, seed=index) for index in range(count)]
+
+
+def generate(engine: Engine, count: int, **params: Any) -> list[list[int]]:
+    """What so many prompts are answered, greedy unless `params` say otherwise."""
+    fields = {"max_tokens": 20, "temperature": 0.0} | params
+    sequences = [
+        make_sequence(prompt, name=str(index), seed=index, **fields) for index, prompt in enumerate(prompts(count))
+    ]
+    for sequence in sequences:
+        engine.add(sequence)
+    run_to_end(engine)
+    return [output_of(sequence) for sequence in sequences]

@@ -15,11 +15,9 @@ from structlog.testing import capture_logs
 
 from shared.engine.batch import build_step
 from shared.engine.draws import plan_draws
-from shared.engine.engine import Engine
 from shared.engine.proposer import Ask
-from shared.engine.runner import NativeRunner
 from shared.engine.sampler import SampleInput, sample
-from shared.engine.scheduler import Scheduled, SchedulerLimits
+from shared.engine.scheduler import Scheduled
 from shared.engine.sequence import Sequence
 from shared.engine.speculation import Speculation
 from shared.errors import ConfigurationError, ModelFormatError
@@ -31,7 +29,17 @@ from shared.model.source import ModelSource
 from shared.protocol.sampling import SamplingParams
 from shared.speculative.draft_model import DraftModelProposer
 from shared.speculative.registry import load_proposer
-from tests.drafts import BLOCK_SIZE, NUM_BLOCKS, PARAMS, context_of, target_of, write_draft
+from tests.drafts import (
+    BLOCK_SIZE,
+    NUM_BLOCKS,
+    PARAMS,
+    context_of,
+    engine_of,
+    generate,
+    prompts,
+    target_of,
+    write_draft,
+)
 from tests.engine_fakes import make_sequence, output_of, run_to_end
 from tests.model_checkpoints import VOCAB_SIZE, tokens
 from tests.speculation_fakes import FREE_ROWS
@@ -52,28 +60,6 @@ def proposer_of(target: ModelSource, draft: Path) -> DraftModelProposer:
     made = load_proposer("draft", context_of(target, draft))
     assert isinstance(made, DraftModelProposer)
     return made
-
-
-def engine_of(target: ModelSource, speculation: Speculation | None) -> Engine:
-    context = context_of(target, None)
-    assert isinstance(context.model, NativeDecoder)
-    runner = NativeRunner(context.model, KVCache(context.layout, NUM_BLOCKS))
-    return Engine(runner, SchedulerLimits(), speculation=speculation)
-
-
-def prompts(count: int) -> list[list[int]]:
-    return [tokens(5 + 7 * index % 40, seed=index) for index in range(count)]
-
-
-def generate(engine: Engine, count: int, **params: Any) -> list[list[int]]:
-    fields = {"max_tokens": 20, "temperature": 0.0} | params
-    sequences = [
-        make_sequence(prompt, name=str(index), seed=index, **fields) for index, prompt in enumerate(prompts(count))
-    ]
-    for sequence in sequences:
-        engine.add(sequence)
-    run_to_end(engine)
-    return [output_of(sequence) for sequence in sequences]
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------------
@@ -133,6 +119,17 @@ def test_tokens_are_those_without_a_draft(params: dict[str, Any], batch: int, ta
     assert sum(drafted) > 0
     if batch == 32:
         assert sum(accepted) > 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_tokens_are_the_same_after_preemption(temperature: float, target: ModelSource, draft: Path) -> None:
+    """The draft's own cache is left as it was, and goes on where the target comes back to."""
+    speculation = Speculation((proposer_of(target, draft),), {1: FREE_ROWS}, max_rows=512, max_draft_tokens=4)
+    small = engine_of(target, speculation, num_blocks=20)
+    with_draft = generate(small, 16, temperature=temperature)
+    assert small.load().preemptions > 0
+    assert sum(speculation.totals()[0]) > 0
+    assert with_draft == generate(engine_of(target, None), 16, temperature=temperature)
 
 
 def test_tokens_are_those_without_a_draft_that_skips_layers(target: ModelSource, tmp_path: Path) -> None:

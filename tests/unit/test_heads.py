@@ -10,19 +10,14 @@ import pytest
 import torch
 
 from shared.distill.heads import Heads
-from shared.engine.engine import Engine
 from shared.engine.proposer import Ask, Draft
-from shared.engine.runner import NativeRunner
 from shared.engine.sampler import SampleInput, sample
-from shared.engine.scheduler import SchedulerLimits
 from shared.engine.speculation import Speculation
-from shared.kv.cache import KVCache
-from shared.model.native import NativeDecoder
 from shared.model.source import ModelSource
 from shared.speculative.heads import HeadsProposer
 from shared.speculative.registry import load_proposer
-from tests.drafts import NUM_BLOCKS, PARAMS, context_of, target_of, write_draft, write_heads
-from tests.engine_fakes import make_sequence, output_of, run_to_end
+from tests.drafts import PARAMS, context_of, engine_of, generate, target_of, write_draft, write_heads
+from tests.engine_fakes import make_sequence
 from tests.model_checkpoints import VOCAB_SIZE, tokens
 from tests.speculation_fakes import FREE_ROWS, Confident
 
@@ -125,35 +120,29 @@ def test_rows_of_another_width_are_refused(proposer: HeadsProposer) -> None:
 # --- with an engine ---------------------------------------------------------------------------------------------------
 
 
-def generate(target: ModelSource, speculation: Speculation | None, count: int, **params: Any) -> list[list[int]]:
-    context = context_of(target, None)
-    assert isinstance(context.model, NativeDecoder)
-    runner = NativeRunner(context.model, KVCache(context.layout, NUM_BLOCKS))
-    engine = Engine(runner, SchedulerLimits(), speculation=speculation)
-    sequences = [
-        make_sequence(
-            tokens(5 + 7 * index % 40, seed=index), name=str(index), **({"max_tokens": 20} | params), seed=index
-        )
-        for index in range(count)
-    ]
-    for sequence in sequences:
-        engine.add(sequence)
-    run_to_end(engine)
-    return [output_of(sequence) for sequence in sequences]
-
-
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
 @pytest.mark.parametrize("batch", [1, 8, 32])
 def test_tokens_are_those_without_heads(
     params: dict[str, Any], batch: int, target: ModelSource, proposer: HeadsProposer
 ) -> None:
     speculation = Speculation((Confident(proposer),), {1: FREE_ROWS}, max_rows=512, max_draft_tokens=4)
-    with_heads = generate(target, speculation, batch, **params)
-    assert with_heads == generate(target, None, batch, **params)
+    with_heads = generate(engine_of(target, speculation), batch, **params)
+    assert with_heads == generate(engine_of(target, None), batch, **params)
     drafted, accepted = speculation.totals()
     assert sum(drafted) > 0
     if batch == 32 and params["temperature"] == 1.0:
         assert sum(accepted) > 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_tokens_are_the_same_after_preemption(temperature: float, target: ModelSource, proposer: HeadsProposer) -> None:
+    """A sequence that was preempted is computed anew, and its last hidden row with it."""
+    speculation = Speculation((Confident(proposer),), {1: FREE_ROWS}, max_rows=512, max_draft_tokens=4)
+    small = engine_of(target, speculation, num_blocks=20)
+    with_heads = generate(small, 16, temperature=temperature)
+    assert small.load().preemptions > 0
+    assert sum(speculation.totals()[0]) > 0
+    assert with_heads == generate(engine_of(target, None), 16, temperature=temperature)
 
 
 class _Watching:
@@ -182,7 +171,7 @@ def test_the_hidden_row_is_the_one_that_the_last_token_was_drawn_from(target: Mo
     watching = _Watching()
     speculation = Speculation((watching,), {1: FREE_ROWS}, max_rows=512)  # type: ignore[arg-type]
     speculation._rests = _NeverResting()  # type: ignore[assignment]
-    [output] = generate(target, speculation, 1, temperature=0.0)
+    [output] = generate(engine_of(target, speculation), 1, temperature=0.0)
     prompt_len = 5
     context = context_of(target, None)
     assert len(watching.rows) >= 10
