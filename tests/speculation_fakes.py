@@ -7,7 +7,7 @@ from collections.abc import Sequence as Sequence_
 
 from shared.engine.proposer import Ask, Draft, Proposer
 from shared.engine.sequence import Sequence
-from shared.engine.speculation import Speculation
+from shared.engine.speculation import Rest, Speculation
 from shared.engine.step_costs import StepCosts
 from tests.engine_fakes import VOCAB, expected_tokens
 
@@ -32,7 +32,7 @@ class Oracle:
     name = "oracle"
 
     def __init__(self, wrong: float, seed: int = 0) -> None:
-        self._wrong = wrong
+        self.wrong = wrong
         self._random = random.Random(seed)
         self._answers: dict[Sequence, list[int]] = {}
         self.forgotten: list[Sequence] = []
@@ -53,11 +53,18 @@ class Oracle:
             prompt = sequence.tokens[: sequence.prompt_len]
             self._answers[sequence] = expected_tokens(prompt, sequence.params, sequence.choices[0])
         right = self._answers[sequence][sequence.num_output :][: ask.max_tokens]
-        said = [self._mistaken(token) if self._random.random() < self._wrong else token for token in right]
+        said = [self._mistaken(token) if self._random.random() < self.wrong else token for token in right]
         return Draft(tuple(said), tuple([0.9] * len(said)))
 
     def _mistaken(self, token: int) -> int:
         return (token + self._random.randrange(1, VOCAB)) % VOCAB
+
+
+class NeverResting(dict[Sequence, Rest]):
+    """In place of a `Speculation`'s rests: every sequence is asked about in every step."""
+
+    def setdefault(self, key: Sequence, default: Rest | None = None) -> Rest:
+        return default or Rest()
 
 
 class Confident:

@@ -37,6 +37,12 @@ _TRY_TOKENS = 2
 _LONGEST_REST = 8
 """Steps a sequence is not asked about after guesses of no use: asking takes time, too."""
 
+_VAIN_STEPS = 16
+_SEQUENCES_A_PAUSE = 4
+"""Where no guess was worth its row for so long, large steps look for guesses less and less often: one in as many as
+there are fours of sequences. In a small step a guess missed is dearer than looking.
+"""
+
 
 @dataclass(slots=True)
 class PositionCounts:
@@ -92,6 +98,7 @@ class Speculation:
     _unasked: list[int] = field(default_factory=list)
     _num_cores: int = 0
     _guessing_s: float = 0.0
+    _num_vain: int = 0
     _failed: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -113,7 +120,7 @@ class Speculation:
         if not self._num_cores:
             return plan
         num_rows = sum(item.num_tokens for item in plan)
-        if not self._can_pay(num_rows, len(plan)):
+        if self._pauses(len(plan)) or not self._can_pay(num_rows, len(plan)):
             return plan
         asks = [self._ask(item, wanted) for item in plan if (wanted := self._wanted(item)) > 0]
         self._propose(asks, num_rows, len(plan))
@@ -121,6 +128,8 @@ class Speculation:
             return plan
         chains = [self._chain(sequence, guess) for sequence, guess in self._guesses.items()]
         lengths = dict(zip(self._guesses, self._lengths(chains, num_rows, len(plan)), strict=True))
+        if any(lengths.values()):
+            self._num_vain = 0
         return [self._with_draft(item, lengths.get(item.sequence, 0), scheduler) for item in plan]
 
     def totals(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -168,6 +177,12 @@ class Speculation:
         for proposer, acceptance in zip(self.proposers, self._acceptance, strict=True):
             proposer.forget(sequence)
             acceptance.forget(sequence)
+
+    def _pauses(self, num_sequences: int) -> bool:
+        """Whether this step goes without a look, because the ones before found nothing."""
+        self._num_vain += 1
+        every = min(self._num_vain // _VAIN_STEPS, num_sequences // _SEQUENCES_A_PAUSE)
+        return every > 1 and self._num_vain % every != 0
 
     def _wanted(self, item: Scheduled) -> int:
         """Guesses that could be of use: none where no single choice is sampled, none beyond the last token."""

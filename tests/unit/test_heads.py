@@ -19,7 +19,7 @@ from shared.speculative.registry import load_proposer
 from tests.drafts import PARAMS, context_of, engine_of, generate, target_of, write_draft, write_heads
 from tests.engine_fakes import make_sequence
 from tests.model_checkpoints import VOCAB_SIZE, tokens
-from tests.speculation_fakes import FREE_ROWS, Confident
+from tests.speculation_fakes import FREE_ROWS, Confident, NeverResting
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def test_the_hidden_row_is_the_one_that_the_last_token_was_drawn_from(target: Mo
     """The target's logits of that row have the last token as the best one."""
     watching = _Watching()
     speculation = Speculation((watching,), {1: FREE_ROWS}, max_rows=512)  # type: ignore[arg-type]
-    speculation._rests = _NeverResting()  # type: ignore[assignment]
+    speculation._rests = NeverResting()
     [output] = generate(engine_of(target, speculation), 1, temperature=0.0)
     prompt_len = 5
     context = context_of(target, None)
@@ -178,11 +178,6 @@ def test_the_hidden_row_is_the_one_that_the_last_token_was_drawn_from(target: Mo
     for num_tokens, row in watching.rows.items():
         logits = context.model.logits(torch.from_numpy(row)[None])[0]
         assert int(logits.argmax()) == output[num_tokens - prompt_len - 1]
-
-
-class _NeverResting(dict[object, object]):
-    def setdefault(self, key: object, default: object = None) -> Any:
-        return default
 
 
 def test_another_kind_of_draft_is_left_to_its_own_proposer(target: ModelSource, folder: Path, tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def test_wrong_guesses_are_soon_not_computed_any_more_and_right_ones_come_back()
     for _ in range(50):
         engine.step()
     assert sum(speculation.counts["oracle"].drafted) == drafted < 60
-    oracle._wrong = 0.0
+    oracle.wrong = 0.0
     run_to_end(engine)
     check([sequence])
     assert sum(speculation.counts["oracle"].accepted) > 100

@@ -13,7 +13,7 @@ from shared.engine.proposer import Ask, Draft
 from shared.engine.speculation import Speculation
 from shared.engine.step_costs import StepCosts
 from tests.engine_fakes import make_engine, make_sequence, run_to_end
-from tests.speculation_fakes import FixedCosts, Oracle
+from tests.speculation_fakes import FixedCosts, NeverResting, Oracle
 
 
 def test_rates_are_learned_by_confidence() -> None:
@@ -174,3 +174,23 @@ def test_the_time_of_guessing_is_not_taken_for_time_beside_the_model(
         engine.step()
     speculation.observe_beside(0.5 + price)
     assert costs.noted == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("num_sequences", "most"), [(3, 200), (8, 120), (32, 70)])
+def test_large_steps_look_for_guesses_less_often_where_none_is_of_use(num_sequences: int, most: int) -> None:
+    oracle = _Priced(0.0)
+    oracle.wrong = 1.0
+    speculation = Speculation((oracle,), {1: FixedCosts([1, 1000], [10.1, 110.0])}, max_rows=512)
+    speculation._rests = NeverResting()
+    engine, _ = make_engine(num_blocks=1000, speculation=speculation)
+    sequences = [
+        make_sequence([5, 6, 7], name=str(index), seed=index, max_tokens=280) for index in range(num_sequences)
+    ]
+    for sequence in sequences:
+        engine.add(sequence)
+    while sequences[0].num_output < 200:
+        engine.step()
+    assert len(oracle.asked) <= most
+    before, oracle.wrong = engine.load().steps, 0.0
+    run_to_end(engine)
+    assert engine.load().steps - before < 60, "what becomes right is noticed"
