@@ -15,6 +15,8 @@ from shared.errors import ModelFormatError
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _SPACE = "▁"
+_LARGEST = 2.0**63
+"""Of what a file can hold as a number of a token: no infinity passes, and nothing that is not a number."""
 
 _CONTRACTIONS = "'s|'t|'re|'ve|'m|'ll|'d"
 _GPT2 = rf"{_CONTRACTIONS}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)"
@@ -216,7 +218,11 @@ def _numbers(metadata: Mapping[str, object], key: str, count: int, default: floa
     values = metadata.get(f"tokenizer.ggml.{key}")
     if values is None:
         return [default] * count
-    if not isinstance(values, Sequence) or len(values) != count:
+    if (
+        not isinstance(values, Sequence)
+        or len(values) != count
+        or not all(type(value) in (int, float) and abs(value) <= _LARGEST for value in values)
+    ):
         raise ModelFormatError(f"tokenizer.ggml.{key} must be an array of {count} numbers, one a token.")
     return list(values)
 
