@@ -185,3 +185,13 @@ def test_no_torch_is_loaded_at_run_time(module: str) -> None:
     program = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr or f"{module} imports torch"
+
+
+def test_the_image_gets_all_that_it_copies_and_nothing_compiled_here() -> None:
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    copies = re.findall(r"^COPY (?!--from)(.+)$", (ROOT / "deploy/Dockerfile").read_text(), re.MULTILINE)
+    sources = {source for line in copies for source in line.split()[:-1]}
+    assert "setup.py" in sources
+    assert sources == {line[1:] for line in ignored if line.startswith("!")}
+    assert all((ROOT / source).exists() for source in sources)
+    assert "**/*.so" in ignored
