@@ -18,6 +18,7 @@ _UNSAID: tuple[Any, ...] = (*[0] * 7, [], [])
 
 
 def pack_beat(b: WorkerBeat) -> list[Any]:
+    """The array of a beat, tag and version first."""
     names = (b.worker_id, b.role, b.state, b.model, b.numerics, b.layout, b.version, b.host)
     counts = (
         b.running,
@@ -36,6 +37,7 @@ def pack_beat(b: WorkerBeat) -> list[Any]:
 
 
 def unpack_beat(items: list[Any]) -> WorkerBeat:
+    """The beat of an array without tag and version; raises ProtocolError."""
     unsaid = _UNSAID[len(items) - _NUM_FIELDS :] if len(items) in _OLD_SIZES else ()
     f = Fields([*items, *unsaid], "WorkerBeat", _NUM_FIELDS)
     worker_id, role, state, model = f.text(), f.word("prefill", "decode"), f.text(), f.text()

@@ -16,7 +16,7 @@ from shared.errors import ModelFormatError
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _SPACE = "▁"
 _LARGEST = 2.0**63
-"""Of what a file can hold as a number of a token: no infinity passes, and nothing that is not a number."""
+"""No type or score of a token is larger; infinities and NaN fail the comparison."""
 
 _CONTRACTIONS = "'s|'t|'re|'ve|'m|'ll|'d"
 _GPT2 = rf"{_CONTRACTIONS}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)"
