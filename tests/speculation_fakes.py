@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence as Sequence_
 
+from shared.engine.patience import Patience
 from shared.engine.proposer import Ask, Draft, Proposer
 from shared.engine.sequence import Sequence
-from shared.engine.speculation import Rest, Speculation
+from shared.engine.speculation import Speculation
 from shared.engine.step_costs import StepCosts
 from tests.engine_fakes import VOCAB, expected_tokens
 
@@ -60,11 +61,11 @@ class Oracle:
         return (token + self._random.randrange(1, VOCAB)) % VOCAB
 
 
-class NeverResting(dict[Sequence, Rest]):
-    """In place of a `Speculation`'s rests: every sequence is asked about in every step."""
+class NeverResting(Patience):
+    """Every sequence is asked about in every step that looks for guesses."""
 
-    def setdefault(self, key: Sequence, default: Rest | None = None) -> Rest:
-        return default or Rest()
+    def rests(self, sequence: Sequence) -> bool:
+        return False
 
 
 class Confident:

@@ -170,7 +170,7 @@ def test_the_hidden_row_is_the_one_that_the_last_token_was_drawn_from(target: Mo
     """The target's logits of that row have the last token as the best one."""
     watching = _Watching()
     speculation = Speculation((watching,), {1: FREE_ROWS}, max_rows=512)  # type: ignore[arg-type]
-    speculation._rests = NeverResting()
+    speculation.patience = NeverResting()
     [output] = generate(engine_of(target, speculation), 1, temperature=0.0)
     prompt_len = 5
     context = context_of(target, None)

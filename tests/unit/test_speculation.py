@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.engine.draft_lengths import Chain, choose_lengths
+from shared.engine.draft_lengths import Chain, PlainStep, choose_lengths
 from shared.engine.proposer import Ask, Draft
+from shared.engine.proposer_stack import ProposerStack
 from shared.engine.sequence import Sequence
 from shared.engine.speculation import Speculation
 from tests.engine_fakes import VOCAB, expected_tokens, make_engine, make_sequence, output_of, run_to_end
@@ -107,6 +108,50 @@ def test_a_proposer_that_fails_costs_its_guesses_and_nothing_else(num_calls: int
     assert broken.calls == num_calls + 1, "it is not asked again"
     assert speculation.counts["other"].drafted[0] > 0, "the next proposer takes its place"
     assert engine.blocks.num_free == engine.blocks.num_usable
+
+
+class _Forgetful(Oracle):
+    """Cannot let go of a sequence."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0)
+        self.calls = 0
+
+    def forget(self, sequence: Sequence) -> None:
+        self.calls += 1
+        raise RuntimeError("which sequence?")
+
+
+def test_a_proposer_that_fails_to_forget_is_told_nothing_more() -> None:
+    broken, other = _Forgetful(), Oracle(0.5)
+    other.name = "other"
+    engine, _ = make_engine(speculation=Speculation((broken, other), {1: FREE_ROWS}, max_rows=512))
+    sequences = sequences_of({"temperature": 1.0, "max_tokens": 20})
+    for sequence in sequences:
+        engine.add(sequence)
+    run_to_end(engine)
+    check(sequences)
+    assert broken.calls == 1
+    assert set(other.forgotten) == set(sequences), "the others are told of every end"
+    assert engine.blocks.num_free == engine.blocks.num_usable
+
+
+def test_what_greedy_requests_repeat_is_not_believed_of_sampled_ones() -> None:
+    """Guesses are right for greedy requests and never for sampled ones: each kind is judged by its own record."""
+    stack = ProposerStack((Oracle(0.0),), max_draft_tokens=4)
+    step = PlainStep(FREE_ROWS, 2, 2, 512)
+    chances = {}
+    for temperature in (0.0, 1.0):
+        for number in range(20):
+            sequence = make_sequence([1, 2, 3], name=str(number), max_tokens=9, temperature=temperature)
+            guess = stack.guess([Ask(sequence, 4)], step)[sequence]
+            sampled = [token + (temperature > 0) for token in guess.draft.tokens]
+            stack.learn(guess, sampled)
+            stack.forget(sequence)
+        newcomer = make_sequence([1, 2, 3], name="newcomer", max_tokens=9, temperature=temperature)
+        chances[temperature] = stack.guess([Ask(newcomer, 4)], step)[newcomer].chain.chances[0]
+    assert chances[0.0] > 0.9
+    assert chances[1.0] < 0.4
 
 
 def test_blocks_filled_under_speculation_serve_the_next_request() -> None:

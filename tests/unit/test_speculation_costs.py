@@ -167,7 +167,7 @@ def test_the_time_of_guessing_is_counted_once(price: float, beside: float, monke
     sequence = make_sequence([5, 6, 7], max_tokens=100)
     engine, _ = make_engine(num_blocks=200, speculation=speculation)
     engine.add(sequence)
-    monkeypatch.setattr("shared.engine.speculation.time", SimpleNamespace(perf_counter=lambda: oracle.clock))
+    monkeypatch.setattr("shared.engine.proposer_stack.time", SimpleNamespace(perf_counter=lambda: oracle.clock))
     while not oracle.asked:
         engine.step()
     speculation.observe_beside(0.75)
@@ -181,7 +181,7 @@ def test_large_steps_look_for_guesses_less_often_where_none_is_of_use(
     oracle = _Priced(0.0)
     oracle.wrong = 1.0
     speculation = Speculation((oracle,), {1: FixedCosts([1, 1000], [10.1, 110.0])}, max_rows=512)
-    speculation._rests = NeverResting()
+    speculation.patience = NeverResting()
     engine, _ = make_engine(num_blocks=1000, speculation=speculation)
     sequences = [
         make_sequence([5, 6, 7], name=str(index), seed=index, max_tokens=280) for index in range(num_sequences)

@@ -1,0 +1,66 @@
+"""When to look for guesses at all: looking takes time, and there are texts and loads where nothing comes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from shared.engine.sequence import Sequence
+
+_LONGEST_REST = 8
+"""Steps a sequence is not asked about after guesses of no use."""
+
+_VAIN_STEPS = 16
+_SEQUENCES_A_PAUSE = 4
+"""Where no guess was worth its row for so long, large steps look for guesses less and less often: one in as many as
+there are fours of sequences. In a small step a guess missed is dearer than looking.
+"""
+
+
+@dataclass(slots=True)
+class _Rest:
+    """Steps that a sequence is left alone from now on, and the next time."""
+
+    steps: int = 0
+    next: int = 1
+
+    def is_over(self) -> bool:
+        self.steps -= 1
+        return self.steps < 0
+
+    def begin(self) -> None:
+        self.steps, self.next = self.next, min(2 * self.next, _LONGEST_REST)
+
+
+@dataclass(slots=True)
+class Patience:
+    """A sequence whose guesses were of no use is asked about less often, and so is everybody in large steps."""
+
+    _rests: dict[Sequence, _Rest] = field(default_factory=dict)
+    _num_vain: int = 0
+
+    def pauses(self, num_sequences: int) -> bool:
+        """Whether a step goes without a look, because the ones before found nothing. To be asked once a step."""
+        self._num_vain += 1
+        every = min(self._num_vain // _VAIN_STEPS, num_sequences // _SEQUENCES_A_PAUSE)
+        return every > 1 and self._num_vain % every != 0
+
+    def found_use(self) -> None:
+        """Some guess was worth its row in this step."""
+        self._num_vain = 0
+
+    def rests(self, sequence: Sequence) -> bool:
+        """Whether a sequence is left alone in this step. To be asked once a step."""
+        rest = self._rests.get(sequence)
+        return rest is not None and not rest.is_over()
+
+    def helped(self, sequence: Sequence) -> None:
+        """Its guess was computed, or would have been right."""
+        self._rests.pop(sequence, None)
+
+    def missed(self, sequence: Sequence) -> None:
+        """There was no guess for it, or a wrong one that was not worth computing."""
+        self._rests.setdefault(sequence, _Rest()).begin()
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence has ended. May be repeated."""
+        self._rests.pop(sequence, None)
