@@ -12,14 +12,17 @@ from shared.distill.export import export_draft
 from shared.distill.heads import Heads
 from shared.distill.student import Student, read_frozen, read_layers
 from shared.engine.engine import Engine
-from shared.engine.runner import NativeRunner
+from shared.engine.runner import NativeRunner, Runner, TorchRunner
 from shared.engine.scheduler import SchedulerLimits
 from shared.engine.speculation import Speculation
+from shared.kernels.library import load_library
 from shared.kv.cache import KVCache
 from shared.kv.layout import KVLayout
 from shared.model.draft import resolve_draft
 from shared.model.draft_kind import DraftKind
+from shared.model.language_model import LanguageModel
 from shared.model.native import NativeDecoder
+from shared.model.registry import load
 from shared.model.source import ModelSource, resolve
 from shared.speculative.context import ProposerContext
 from tests.engine_fakes import make_sequence, output_of, run_to_end
@@ -70,19 +73,29 @@ def write_heads(folder: Path, target: ModelSource, num_layers: int = 1, head_siz
     return heads
 
 
-def context_of(target: ModelSource, draft: Path | None) -> ProposerContext:
-    config = target.config
-    layout = KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, BLOCK_SIZE, k_transposed=True)
-    return ProposerContext(target, native(target), layout, NUM_BLOCKS, resolve_draft(draft, target) if draft else None)
+def best() -> str:
+    """What computes most models here."""
+    return "native" if load_library() is not None else "cpu"
 
 
-def engine_of(target: ModelSource, speculation: Speculation | None, num_blocks: int = NUM_BLOCKS) -> Engine:
-    """On the native kernels, with a cache of so many blocks."""
-    context = context_of(target, None)
-    assert isinstance(context.model, NativeDecoder)
-    return Engine(
-        NativeRunner(context.model, KVCache(context.layout, num_blocks)), SchedulerLimits(), speculation=speculation
-    )
+def context_of(target: ModelSource, draft: Path | None, on: str = "native") -> ProposerContext:
+    """With the target on the native kernels, or on torch and a device."""
+    config, kernels = target.config, on == "native"
+    layout = KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, BLOCK_SIZE, k_transposed=kernels)
+    model: LanguageModel = native(target) if kernels else load(target, on, "float32")
+    return ProposerContext(target, model, layout, NUM_BLOCKS, resolve_draft(draft, target) if draft else None)
+
+
+def engine_of(
+    target: ModelSource, speculation: Speculation | None, num_blocks: int = NUM_BLOCKS, on: str = "native"
+) -> Engine:
+    """As `context_of`, with a cache of so many blocks."""
+    context = context_of(target, None, on)
+    if isinstance(context.model, NativeDecoder):
+        runner: Runner = NativeRunner(context.model, KVCache(context.layout, num_blocks))
+    else:
+        runner = TorchRunner(context.model, KVCache(context.layout, num_blocks, on), on)
+    return Engine(runner, SchedulerLimits(), speculation=speculation)
 
 
 def prompts(count: int) -> list[list[int]]:

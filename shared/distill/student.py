@@ -26,7 +26,7 @@ from shared.model.registry import open_reader
 from shared.model.source import ModelSource
 from shared.model.tensor_file import TensorReader
 from shared.model.weight_names import WeightNames, weight_names
-from shared.model.weights import read_rotations
+from shared.model.weights import read_output_rows, read_rotations
 
 Cache = list[tuple[Tensor, Tensor]]
 """Rotated keys and values of each layer, [batch, num_kv_heads, num_tokens, head_dim]."""
@@ -210,9 +210,8 @@ class LayersCourse:
 def read_frozen(source: ModelSource, head_ids: npt.NDArray[np.int64]) -> Frozen:
     """Embeddings, the output rows of `head_ids` and the rotations of the target."""
     reader, names, config = *_opened(source), source.config
-    shape = config.vocab_size, config.hidden_size
-    embedding = reader.tensor(f"{names.embedding}.weight", *shape).float()
-    head = embedding if config.tie_word_embeddings else reader.tensor(f"{names.lm_head}.weight", *shape).float()
+    embedding = reader.tensor(f"{names.embedding}.weight", config.vocab_size, config.hidden_size).float()
+    head = embedding if config.tie_word_embeddings else read_output_rows(reader, names, config).float()
     rotations = read_rotations(reader, names, config)
     assert rotations is not None
     ids = torch.from_numpy(head_ids)

@@ -60,6 +60,11 @@ class Decoder:
         )
 
     @property
+    def weights(self) -> DecoderWeights:
+        """What a draft shares with it."""
+        return self._weights
+
+    @property
     def row_pad(self) -> int:
         """Rows of every product are padded to a multiple of this; 1 gives row invariance up."""
         return self._heads.row_pad

@@ -56,18 +56,16 @@ class WeightLoader:
             progress((index + 1) / (config.num_layers + 1))
         lm_head = embedding
         if not config.tie_word_embeddings:
-            lm_head = self._place(self._read(f"{names.lm_head}.weight", config.vocab_size, config.hidden_size))
-        final_norm = self._norm(names.final_norm, config.hidden_size)
+            lm_head = self._place(read_output_rows(self._reader, names, config))
         rotations = read_rotations(self._reader, names, config)
         if rotations is not None:
             rotations = rotations.to(self._device)
         progress(1.0)
-        return DecoderWeights(embedding, positions, rotations, tuple(layers), final_norm, make_linear(lm_head, None))
+        head = make_linear(lm_head, None)
+        return DecoderWeights(embedding, positions, rotations, tuple(layers), self._final_norm(), head)
 
     def _layer(self, index: int) -> DecoderLayer:
         config, names = self._config, self._names
-        activation = ACTIVATION_FUNCTIONS[config.activation]
-        into, out = self._feed_forward(index)
         q_norm = self._head_norm(names.q_norm.format(i=index)) if config.qk_norm else None
         k_norm = self._head_norm(names.k_norm.format(i=index)) if config.qk_norm else None
         heads_size = config.num_heads * config.head_dim
@@ -80,8 +78,12 @@ class WeightLoader:
                 *self._matrix(names.attn_out.format(i=index), config.hidden_size, heads_size, config.attn_out_bias)
             ),
             mlp_norm=self._norm(names.mlp_norm.format(i=index), config.hidden_size),
-            mlp=FeedForward(into, out, activation, config.gated_mlp),
+            mlp=self._mlp(index),
         )
+
+    def _mlp(self, index: int) -> FeedForward:
+        into, out = self._feed_forward(index)
+        return FeedForward(into, out, ACTIVATION_FUNCTIONS[self._config.activation], self._config.gated_mlp)
 
     def _qkv(self, index: int) -> LinearMap:
         """q, k and v as one matrix, heads in order, rotary pairs as neighbours."""
@@ -120,6 +122,9 @@ class WeightLoader:
             weight = self._read(f"{name}.weight", num_out, num_in)
         return weight, self._read(f"{name}.bias", num_out) if has_bias else None
 
+    def _final_norm(self) -> Norm:
+        return self._norm(self._names.final_norm, self._config.hidden_size)
+
     def _norm(self, name: str, size: int) -> Norm:
         weight = self._place(self._read(f"{name}.weight", size))
         if self._config.norm == NORM_RMS:
@@ -137,6 +142,12 @@ class WeightLoader:
 
     def _place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._device, self._dtype).contiguous()
+
+
+def read_output_rows(reader: TensorReader, names: WeightNames, config: ModelConfig) -> Tensor:
+    """What the logits are made with, [vocab_size, hidden_size], as stored; the embedding where it is tied to it."""
+    name = names.embedding if config.tie_word_embeddings else names.lm_head
+    return reader.tensor(f"{name}.weight", config.vocab_size, config.hidden_size)
 
 
 def read_rotations(reader: TensorReader, names: WeightNames, config: ModelConfig) -> Tensor | None:

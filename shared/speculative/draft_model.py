@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Sequence_
-from dataclasses import replace
 
-from shared.cores import core_share
 from shared.engine.batch import build_step
 from shared.engine.draws import plan_draws
 from shared.engine.proposer import Ask, Draft
-from shared.engine.runner import NativeRunner, Runner
+from shared.engine.runner import Runner
 from shared.engine.scheduler import Scheduled
 from shared.engine.sequence import Sequence
 from shared.kv.block_manager import BlockManager
-from shared.kv.cache import KVCache
-from shared.model.draft import Int32
-from shared.model.draft_kind import DraftKind
 from shared.speculative.context import ProposerContext
-from shared.speculative.drafts import open_draft
-from shared.speculative.pace import Pace, confidence
+from shared.speculative.draft_vocabulary import DraftVocabulary
+from shared.speculative.drafts import open_layers
+from shared.speculative.pace import Pace
 
 _CATCH_UP = 256
 """Known tokens computed for a sequence in one step at most: a long prompt is read over several."""
@@ -65,10 +61,10 @@ class DraftModelProposer:
 
     name = "draft"
 
-    def __init__(self, runner: Runner, head_ids: Int32, block_size: int) -> None:
+    def __init__(self, runner: Runner, vocabulary: DraftVocabulary) -> None:
         self._runner = runner
-        self._head_ids = head_ids
-        self._block_size = block_size
+        self._vocabulary = vocabulary
+        self._block_size = runner.cache.layout.block_size
         self._blocks = BlockManager(runner.cache.num_blocks)
         self._shadows: dict[Sequence, _Shadow] = {}
         self._pace = Pace()
@@ -118,18 +114,14 @@ class DraftModelProposer:
         for shadow, item in zip(shadows, plan, strict=True):
             shadow.own.num_computed += item.num_tokens
             if not shadow.own.num_pending:
-                token = int(result.drawn[row])
-                shadow.take(token, confidence(result.logits[row], self._head_ids, token))
+                logits, token = result.logits[row], int(result.drawn[row])
+                if token < 0:
+                    token = self._vocabulary.sample(logits, shadow.own.sample_input(shadow.own.choices[0]))
+                shadow.take(token, self._vocabulary.confidence(logits, token))
                 row += 1
 
 
 def make(context: ProposerContext) -> DraftModelProposer | None:
-    """On the draft that the worker has; None where that is of another kind or cannot be computed here."""
-    opened = open_draft(context, DraftKind.LAYERS)
-    if opened is None:
-        return None
-    draft, model = opened
-    layout = replace(context.layout, num_layers=draft.num_layers)
-    return DraftModelProposer(
-        NativeRunner(model, KVCache(layout, context.num_blocks), core_share()), draft.head_ids, layout.block_size
-    )
+    """On the draft that the worker has; None where that is of another kind."""
+    opened = open_layers(context)
+    return None if opened is None else DraftModelProposer(*opened)

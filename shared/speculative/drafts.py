@@ -5,17 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import structlog
-
+from shared.cores import core_share
+from shared.engine.runner import NativeRunner, Runner, TorchRunner
 from shared.kernels.library import load_library
+from shared.kv.cache import KVCache
+from shared.model.decoder import Decoder
 from shared.model.draft import DraftSource, is_for, resolve_draft
 from shared.model.draft_kind import DraftKind
+from shared.model.language_model import LanguageModel
 from shared.model.native import NativeDecoder
 from shared.model.native_draft import load_native_draft
 from shared.model.source import ModelSource
+from shared.model.torch_draft import load_torch_heads, load_torch_layers
 from shared.speculative.context import ProposerContext
-
-log = structlog.get_logger()
+from shared.speculative.draft_vocabulary import DraftVocabulary
+from shared.speculative.heads_models import HeadsModel, HeadsOnKernels, HeadsOnTorch
 
 AUTO, NONE = "auto", "none"
 SHIPPED = Path(__file__).parent / "shipped"
@@ -35,23 +39,42 @@ def find_draft(name: str, target: ModelSource) -> DraftSource | None:
     return next((resolve_draft(folder, target) for folder in shipped if is_for(folder, target)), None)
 
 
-def open_draft(context: ProposerContext, kind: DraftKind) -> tuple[DraftSource, NativeDecoder] | None:
-    """The worker's draft on the CPU kernels, if it is of this kind and they compute the target."""
-    draft, library = context.draft, load_library()
-    if draft is None or draft.kind is not kind:
-        return None
-    if not isinstance(context.model, NativeDecoder) or library is None:
-        reason = "drafts are computed by the native kernels, and they do not compute the target"
-        if draft.path.parent == SHIPPED:
-            log.info("draft_not_used", reason=reason)
-        else:
-            log.warning(
-                "draft_not_used",
-                draft=str(draft.path),
-                reason=reason,
-                hint="start with --kernels native to see why, or without --draft",
-            )
+def open_layers(context: ProposerContext) -> tuple[Runner, DraftVocabulary] | None:
+    """The worker's draft with a cache of as many blocks as the target has; None where it is of another kind."""
+    draft, target = context.draft, context.model
+    if draft is None or draft.kind is not DraftKind.LAYERS:
         return None
     layout = replace(context.layout, num_layers=draft.num_layers)
-    model = load_native_draft(draft, context.source, context.model, library, layout, context.model.num_threads)
-    return draft, model
+    if isinstance(target, NativeDecoder):
+        cache = KVCache(layout, context.num_blocks)
+        return NativeRunner(_on_kernels(draft, context, target), cache, core_share()), _vocabulary(draft)
+    model = load_torch_layers(draft, context.source, _on_torch(target))
+    device = str(target.device)
+    return TorchRunner(model, KVCache(layout, context.num_blocks, device), device), _vocabulary(draft)
+
+
+def open_heads(context: ProposerContext) -> tuple[HeadsModel, DraftVocabulary] | None:
+    """The worker's heads; None where its draft is of another kind."""
+    draft, target = context.draft, context.model
+    if draft is None or draft.kind is not DraftKind.HEADS:
+        return None
+    if isinstance(target, NativeDecoder):
+        return HeadsOnKernels(_on_kernels(draft, context, target), core_share()), _vocabulary(draft)
+    heads = load_torch_heads(draft, context.source, _on_torch(target))
+    return HeadsOnTorch(heads, target.device), _vocabulary(draft)
+
+
+def _on_kernels(draft: DraftSource, context: ProposerContext, target: NativeDecoder) -> NativeDecoder:
+    library = load_library()
+    assert library is not None, "the kernels compute the target"
+    layout = replace(context.layout, num_layers=draft.num_layers)
+    return load_native_draft(draft, context.source, target, library, layout, target.num_threads)
+
+
+def _on_torch(target: LanguageModel) -> Decoder:
+    assert isinstance(target, Decoder), "models are computed by the kernels or by torch"
+    return target
+
+
+def _vocabulary(draft: DraftSource) -> DraftVocabulary:
+    return DraftVocabulary(draft.head_ids, draft.config.vocab_size)

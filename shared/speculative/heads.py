@@ -10,23 +10,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Sequence_
-from dataclasses import replace
-from functools import cache
 
 import numpy as np
 
-from shared.cores import CoreShare, core_share
 from shared.engine.draws import plan_guesses
 from shared.engine.noise import F32
 from shared.engine.proposer import Ask, Draft
-from shared.engine.runner import place_of
 from shared.engine.sequence import Sequence
-from shared.model.batch import Int32, RaggedStep
-from shared.model.draft_kind import DraftKind
-from shared.model.native import NativeDecoder
 from shared.speculative.context import ProposerContext
-from shared.speculative.drafts import open_draft
-from shared.speculative.pace import Pace, confidence
+from shared.speculative.draft_vocabulary import DraftVocabulary
+from shared.speculative.drafts import open_heads
+from shared.speculative.heads_models import HeadsModel
+from shared.speculative.pace import Pace
 
 _LEAST_REACH = 0.35
 """A chain that is less likely right so far is not guessed on: a guess and its row cost a tenth of a step and more."""
@@ -60,11 +55,9 @@ class HeadsProposer:
 
     name = "heads"
 
-    def __init__(self, model: NativeDecoder, head_ids: Int32, share: CoreShare | None = None) -> None:
+    def __init__(self, model: HeadsModel, vocabulary: DraftVocabulary) -> None:
         self._model = model
-        self._share = share
-        self._cores = None if share is None else place_of(share)
-        self._head_ids = head_ids
+        self._vocabulary = vocabulary
         self._pace = Pace()
 
     def seconds(self, num_sequences: int) -> float:
@@ -89,33 +82,16 @@ class HeadsProposer:
     def _guess(self, chains: list[_Chain], states: F32) -> list[F32]:
         """One more token for each chain; the rows to go on from."""
         draws = plan_guesses([(chain.ask.sequence, chain.tokens) for chain in chains])
-        step = _step([chain.last for chain in chains])
-        alone = len(chains) == 1  # waking another thread takes as long as it would save
-        logits, drawn, hidden = self._model.run(
-            *(step, None, draws), threads=int(alone), cores=None if alone else self._cores, states=states
-        )
+        logits, drawn, hidden = self._model.run([chain.last for chain in chains], states, draws)
         for chain, row, token in zip(chains, logits, drawn.tolist(), strict=True):
-            chain.add(token, confidence(row, self._head_ids, token))
+            if token < 0:
+                sequence = chain.ask.sequence
+                token = self._vocabulary.sample(row, sequence.sample_input(sequence.choices[0], chain.tokens))
+            chain.add(token, self._vocabulary.confidence(row, token))
         return list(hidden)
 
 
-def _step(tokens: list[int]) -> RaggedStep:
-    """One row for each token."""
-    return replace(_rows(len(tokens)), token_ids=np.array(tokens, dtype=np.int32))
-
-
-@cache
-def _rows(count: int) -> RaggedStep:
-    """Where rows stand makes no difference without attention."""
-    rows, nowhere = np.arange(count + 1, dtype=np.int32), np.zeros(count, dtype=np.int32)
-    slots, tables = np.zeros(count, dtype=np.int64), np.zeros((count, 1), dtype=np.int32)
-    return RaggedStep(nowhere, nowhere, slots, rows, tables, nowhere, rows[:-1].copy())
-
-
 def make(context: ProposerContext) -> HeadsProposer | None:
-    """On the draft that the worker has; None where that is of another kind or cannot be computed here."""
-    opened = open_draft(context, DraftKind.HEADS)
-    if opened is None:
-        return None
-    draft, model = opened
-    return HeadsProposer(model, draft.head_ids, core_share())
+    """On the draft that the worker has; None where that is of another kind."""
+    opened = open_heads(context)
+    return None if opened is None else HeadsProposer(*opened)

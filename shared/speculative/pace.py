@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
-from shared.engine.noise import F32
-from shared.model.batch import Int32
-
 _FIRST_SECONDS = 0.0003
 _GROWTH = 0.5
 """Before it is known what a step costs, and how it grows with the sequences in it."""
@@ -37,9 +32,3 @@ class Pace:
         known = self._seconds.setdefault(num_sequences, seconds)
         change = min(seconds, 3 * known) - known
         self._seconds[num_sequences] = known + change * (_FALLING if change < 0 else _RISING)
-
-
-def confidence(logits: F32, head_ids: Int32, token: int) -> float:
-    """The probability that logits of these ascending ids give a token, at temperature 1 and before filters."""
-    weights = np.exp(logits - logits.max())
-    return float(weights[np.searchsorted(head_ids, token)] / weights.sum())

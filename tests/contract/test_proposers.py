@@ -15,7 +15,7 @@ from shared.engine.speculation import Speculation
 from shared.errors import ConfigurationError
 from shared.protocol.sampling import PROPOSER_NAMES
 from shared.speculative.registry import PROPOSERS, load_proposer
-from tests.drafts import context_of, target_of, write_draft, write_heads
+from tests.drafts import best, context_of, target_of, write_draft, write_heads
 from tests.engine_fakes import VOCAB, expected_tokens, logits_for, make_engine, make_sequence, output_of, run_to_end
 from tests.speculation_fakes import FREE_ROWS, Confident
 
@@ -39,7 +39,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     write_heads(heads, target)
 
     def made(name: str) -> Proposer:
-        proposer = load_proposer(name, context_of(target, heads if name == "heads" else layers))
+        proposer = load_proposer(name, context_of(target, heads if name == "heads" else layers, best()))
         assert proposer is not None
         return proposer
 

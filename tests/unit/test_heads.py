@@ -37,9 +37,15 @@ def heads(target: ModelSource, folder: Path) -> Heads:
     return write_heads(folder, target, num_layers=2)
 
 
+@pytest.fixture(params=["native", "cpu"], ids=["kernels", "torch"])
+def on(request: pytest.FixtureRequest) -> str:
+    """What computes the target and its heads."""
+    return str(request.param)
+
+
 @pytest.fixture
-def proposer(target: ModelSource, folder: Path, heads: Heads) -> HeadsProposer:
-    made = load_proposer("heads", context_of(target, folder))
+def proposer(target: ModelSource, folder: Path, heads: Heads, on: str) -> HeadsProposer:
+    made = load_proposer("heads", context_of(target, folder, on))
     assert isinstance(made, HeadsProposer)
     return made
 
@@ -63,9 +69,9 @@ def chains(heads: Heads, hidden: np.ndarray, ask: Ask, draft: Draft) -> list[np.
 
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
 def test_guesses_are_what_the_trained_module_would_draw(
-    params: dict[str, Any], target: ModelSource, heads: Heads, proposer: HeadsProposer
+    params: dict[str, Any], target: ModelSource, heads: Heads, proposer: HeadsProposer, on: str
 ) -> None:
-    """All but few: the kernels round weights and activations to 8 bits, which may turn a close race."""
+    """The kernels round weights and activations to 8 bits, which may turn a close race; in float32 few are so close."""
     right = total = 0
     asks = []
     for index in range(24):
@@ -82,7 +88,7 @@ def test_guesses_are_what_the_trained_module_would_draw(
             request = SampleInput(own.params, 0, own.tokens[: own.prompt_len], [*output, *draft.tokens[:place]])
             right += draft.tokens[place] == sample(logits, request)
             total += 1
-    assert right >= 0.85 * total
+    assert right >= (0.85 if on == "native" else 0.97) * total
 
 
 def test_confidences_are_the_heads_own_probabilities(
@@ -123,11 +129,11 @@ def test_rows_of_another_width_are_refused(proposer: HeadsProposer) -> None:
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
 @pytest.mark.parametrize("batch", [1, 8, 32])
 def test_tokens_are_those_without_heads(
-    params: dict[str, Any], batch: int, target: ModelSource, proposer: HeadsProposer
+    params: dict[str, Any], batch: int, target: ModelSource, proposer: HeadsProposer, on: str
 ) -> None:
     speculation = Speculation((Confident(proposer),), {1: FREE_ROWS}, max_rows=512, max_draft_tokens=4)
-    with_heads = generate(engine_of(target, speculation), batch, **params)
-    assert with_heads == generate(engine_of(target, None), batch, **params)
+    with_heads = generate(engine_of(target, speculation, on=on), batch, **params)
+    assert with_heads == generate(engine_of(target, None, on=on), batch, **params)
     drafted, accepted = speculation.totals()
     assert sum(drafted) > 0
     if batch == 32 and params["temperature"] == 1.0:
@@ -135,14 +141,16 @@ def test_tokens_are_those_without_heads(
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_tokens_are_the_same_after_preemption(temperature: float, target: ModelSource, proposer: HeadsProposer) -> None:
+def test_tokens_are_the_same_after_preemption(
+    temperature: float, target: ModelSource, proposer: HeadsProposer, on: str
+) -> None:
     """A sequence that was preempted is computed anew, and its last hidden row with it."""
     speculation = Speculation((Confident(proposer),), {1: FREE_ROWS}, max_rows=512, max_draft_tokens=4)
-    small = engine_of(target, speculation, num_blocks=20)
+    small = engine_of(target, speculation, num_blocks=20, on=on)
     with_heads = generate(small, 16, temperature=temperature)
     assert small.load().preemptions > 0
     assert sum(speculation.totals()[0]) > 0
-    assert with_heads == generate(engine_of(target, None), 16, temperature=temperature)
+    assert with_heads == generate(engine_of(target, None, on=on), 16, temperature=temperature)
 
 
 class _Watching:
