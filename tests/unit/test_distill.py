@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.speculation_prompts import KINDS, TOPICS
 from shared.config import EngineSettings
 from shared.distill.corpus import Prompt, asked, encode_all, load_prompts
 from shared.distill.heads import NUM_PLACES, Heads, HeadsCourse
@@ -98,9 +100,17 @@ def options(tmp_path: Path) -> DistillOptions:
 
 def test_the_packaged_prompts_are_many_and_distinct_and_some_are_held_out() -> None:
     prompts = load_prompts(None)
-    assert len({prompt.digest for prompt in prompts}) == len(prompts) > 1000
+    assert len({prompt.digest for prompt in prompts}) == len(prompts) > 10_000
     assert 0.03 < sum(prompt.is_held_out for prompt in prompts) / len(prompts) < 0.1
-    assert not [prompt for prompt in prompts if "{topic}" in prompt.text or "{code}" in str(prompt.messages)]
+    gaps = re.compile(r"\{(topic|text|note|code|task|person|thing|one|two|fn|arg|it|field|n|cls|town|house|year)\}")
+    assert not [prompt for prompt in prompts if gaps.search(prompt.text) or gaps.search(str(prompt.messages))]
+
+
+def test_what_speculation_is_measured_with_is_not_trained_on() -> None:
+    packaged = [prompt.text or prompt.messages[0][1] for prompt in load_prompts(None)]
+    assert not [topic for topic in TOPICS if any(topic in text for text in packaged)]
+    measured = {make(index) for make in KINDS.values() for index in range(300)}
+    assert measured.isdisjoint(packaged)
 
 
 def test_a_file_of_prompts_may_hold_lines_and_json(tmp_path: Path) -> None:
