@@ -121,21 +121,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--streams", type=int, nargs="*", default=list(STREAMS))
     parser.add_argument("--temperatures", type=float, nargs="*", default=[0.0, 1.0])
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--kernels", default="auto", help="what computes the model in all three servers")
     parser.add_argument("--draft", default="", help="folder of a draft model for the server that speculates")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     codec, numbers, results = load_tokenizer(resolve("smollm2")), itertools.count(), list[dict[str, Any]]()
     tables = dict[str, str]()
-    flags = ("--draft", options.draft) if options.draft else ()
+    flags, kernels = ("--draft", options.draft) if options.draft else (), ("--kernels", options.kernels)
     urls = {name: f"http://127.0.0.1:{PORT + at}" for at, name in enumerate(("without", "with", "control"))}
     with (
-        slipstream("smollm2", "--speculation", "none").running(PORT),
-        slipstream("smollm2", *flags).running(PORT + 1),
-        slipstream("smollm2", "--speculation", "none").running(PORT + 2),
+        slipstream("smollm2", *kernels, "--speculation", "none").running(PORT),
+        slipstream("smollm2", *kernels, *flags).running(PORT + 1),
+        slipstream("smollm2", *kernels, "--speculation", "none").running(PORT + 2),
     ):
         time.sleep(SETTLE_S)
         for number in range(options.rounds):
-            for temperature, kind, streams in itertools.product(options.temperatures, KINDS, options.streams):
+            for temperature, kind, streams in itertools.product(options.temperatures, options.kinds, options.streams):
                 order = dict(itertools.islice(itertools.cycle(urls.items()), number % 3, number % 3 + 3))
                 results.append(measure(order, codec, kind, streams, temperature, numbers) | {"round": number})
             tables = {name: render(results, name) for name in ("with", "control")}
