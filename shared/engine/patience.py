@@ -9,10 +9,11 @@ from shared.engine.sequence import Sequence
 _LONGEST_REST = 8
 """Steps a sequence is not asked about after guesses of no use."""
 
-_VAIN_STEPS = 16
-_SEQUENCES_A_PAUSE = 4
-"""Where no guess was worth its row for so long, large steps look for guesses less and less often: one in as many as
-there are fours of sequences. In a small step a guess missed is dearer than looking.
+_VAIN_STEPS = 8
+_FULL_STEP = 32
+"""Where no guess was of use for so many steps, large steps look for guesses less and less often: at last one in 2 of
+those with 8 sequences, one in 8 with 16, one in 32 with 32. Looking costs by the sequence, and the more there are the
+less a guess can gain; in a small step a guess missed is dearer than looking.
 """
 
 
@@ -41,11 +42,11 @@ class Patience:
     def pauses(self, num_sequences: int) -> bool:
         """Whether a step goes without a look, because the ones before found nothing. To be asked once a step."""
         self._num_vain += 1
-        every = min(self._num_vain // _VAIN_STEPS, num_sequences // _SEQUENCES_A_PAUSE)
+        every = min(self._num_vain // _VAIN_STEPS, num_sequences**2 // _FULL_STEP, _FULL_STEP)
         return every > 1 and self._num_vain % every != 0
 
     def found_use(self) -> None:
-        """Some guess was worth its row in this step."""
+        """Of a guess that was computed at least half was right."""
         self._num_vain = 0
 
     def rests(self, sequence: Sequence) -> bool:

@@ -79,8 +79,6 @@ class Speculation:
             return plan
         chains = [guess.chain for guess in self._guesses.values()]
         lengths = dict(zip(self._guesses, step.lengths(chains), strict=True))
-        if any(lengths.values()):
-            self.patience.found_use()
         return [self._with_draft(item, lengths.get(item.sequence, 0), scheduler) for item in plan]
 
     def observe_beside(self, seconds: float) -> None:
@@ -103,6 +101,8 @@ class Speculation:
             self.patience.helped(item.sequence)
         else:
             self.patience.missed(item.sequence)
+        if guess.num_computed and 2 * (len(sampled) - 1) >= guess.num_computed:
+            self.patience.found_use()
         self._stack.learn(guess, sampled)
 
     def forget(self, sequence: Sequence) -> None:
