@@ -174,7 +174,10 @@ class Engine:
         if self.speculation is not None:
             plan = self.speculation.extend(plan, self.scheduler, self._runner.num_cores)
         self._zero_fresh()
-        return self.commit(plan, self._run(plan))
+        outputs = self.commit(plan, self._run(plan))
+        if not self.has_work:
+            self._ran_until = 0.0  # what comes now is a pause, not time that a step takes
+        return outputs
 
     def calibrate(self) -> bool:
         """With nothing to do, measure what steps cost; False when that is known."""

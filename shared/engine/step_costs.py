@@ -9,6 +9,12 @@ _MEMORY = 0.95
 _OUTLIER = 2.5
 """A step so many times its estimate was disturbed from outside and teaches little."""
 
+_FIRST_BESIDE_S = 0.005
+_MUCH_LESS = 0.25
+"""The first times beside the model may be waits for the first requests. Too large an estimate makes guesses look worth
+their rows that are not, so it starts low and leaves what was far off quickly.
+"""
+
 _OWN_WEIGHT = 8.0
 """So many steps of one size outweigh what steps of all sizes tell about it."""
 
@@ -60,9 +66,11 @@ class StepCosts:
 
     def observe_beside(self, seconds: float) -> None:
         """The time between the end of one step in the model and the beginning of the next one."""
-        if self.beside and seconds > _OUTLIER * self.beside + 1e-3:
+        if not self.beside:
+            self.beside = min(seconds, _FIRST_BESIDE_S)
             return
-        self.beside = self.beside * _MEMORY + seconds * (1 - _MEMORY) if self.beside else seconds
+        change = min(seconds, _OUTLIER * self.beside + 1e-3) - self.beside
+        self.beside += change * (0.5 if seconds < _MUCH_LESS * self.beside else 1 - _MEMORY)
 
     def _measured(self, num_rows: int) -> float:
         rows, seconds = self._rows, self._seconds

@@ -71,10 +71,39 @@ def test_a_slower_machine_moves_all_sizes_and_one_wrong_size_is_mended() -> None
 
 def test_what_comes_beside_the_model_is_paid_once() -> None:
     costs = StepCosts([1, 2], [1.0, 1.5])
-    for _ in range(50):
+    for _ in range(150):
         costs.observe_beside(0.5)
+    assert costs.whole(2) == pytest.approx(2.0, rel=0.01)
     costs.observe_beside(60.0)  # a pause between requests
-    assert costs.whole(2) == pytest.approx(2.0)
+    assert costs.whole(2) == pytest.approx(2.0, rel=0.05)
+    for _ in range(100):
+        costs.observe_beside(2.0)  # more of them than a pause
+    assert costs.whole(2) == pytest.approx(3.5, rel=0.05)
+
+
+def test_a_wait_taken_for_time_beside_the_model_is_soon_forgotten() -> None:
+    costs = StepCosts([1, 2], [0.001, 0.0015])
+    costs.observe_beside(0.47)  # the first requests were on their way
+    for _ in range(4):
+        costs.observe_beside(0.001)
+    assert costs.beside < 0.003
+
+
+class _Watched(Speculation):
+    besides: list[float]
+
+    def observe_beside(self, seconds: float) -> None:
+        self.besides.append(seconds)
+
+
+def test_a_pause_between_requests_is_not_time_that_a_step_takes() -> None:
+    speculation = _Watched((Oracle(0.0),), {1: FixedCosts([1, 64], [1.0, 64.0])}, max_rows=64)
+    speculation.besides = []
+    engine, _ = make_engine(num_blocks=200, speculation=speculation)
+    for name in ("first", "second"):
+        engine.add(make_sequence([1, 2, 3], name=name, max_tokens=3))
+        run_to_end(engine)
+    assert len(speculation.besides) == 4, "two between the three steps of each request, none between the requests"
 
 
 def test_an_engine_measures_its_steps_while_it_has_nothing_to_do() -> None:
