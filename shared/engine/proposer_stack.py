@@ -89,10 +89,13 @@ class ProposerStack:
         """By proposer."""
         return {member.proposer.name: member.counts for member in self._members}
 
+    def begin_step(self) -> None:
+        """Nobody has guessed in this step yet."""
+        self.priced_s = 0.0
+
     def guess(self, asks: Sequence_[Ask], step: PlainStep) -> dict[Sequence, Guess]:
         """Guesses for those sequences that somebody has one for, whether it is worth its rows or not."""
         guesses: dict[Sequence, Guess] = {}
-        self.priced_s = 0.0
         for member in self._members:
             chosen = _affordable(member, [ask for ask in asks if _is_open(member, ask, guesses)], step)
             if not chosen:

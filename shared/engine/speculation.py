@@ -63,7 +63,8 @@ class Speculation:
 
     def extend(self, plan: list[Scheduled], scheduler: Scheduler, num_cores: int) -> list[Scheduled]:
         """The plan with the drafts that are worth their rows, in a step on so many cores."""
-        self._guesses, self._stack.priced_s = {}, 0.0
+        self._guesses = {}
+        self._stack.begin_step()
         self._num_cores = max((cores for cores in self.tables if cores <= num_cores), default=0)
         self._num_steps += 1
         if self._num_steps % _REMEMBERED_STEPS == 0:

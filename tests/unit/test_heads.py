@@ -14,6 +14,7 @@ from shared.engine.proposer import Ask, Draft
 from shared.engine.sampler import SampleInput, sample
 from shared.engine.speculation import Speculation
 from shared.model.source import ModelSource
+from shared.speculative.draft_vocabulary import DraftVocabulary
 from shared.speculative.heads import HeadsProposer
 from shared.speculative.registry import load_proposer
 from tests.drafts import PARAMS, context_of, engine_of, generate, target_of, write_draft, write_heads
@@ -193,3 +194,10 @@ def test_another_kind_of_draft_is_left_to_its_own_proposer(target: ModelSource, 
     assert load_proposer("heads", context_of(target, layers)) is None
     assert load_proposer("draft", context_of(target, folder)) is None
     assert load_proposer("heads", context_of(target, None)) is None
+
+
+@pytest.mark.parametrize(("token", "probability"), [(4, 0.25), (9, 0.75), (3, 0.0), (5, 0.0), (10, 0.0)])
+def test_what_a_draft_cannot_say_has_no_probability(token: int, probability: float) -> None:
+    vocabulary = DraftVocabulary(np.array([4, 9], dtype=np.int32), 12)
+    logits = np.log(np.array([0.25, 0.75], dtype=np.float32))
+    assert vocabulary.confidence(logits, token) == pytest.approx(probability)
