@@ -33,24 +33,33 @@ class Chain:
         return gains
 
 
-def choose_lengths(chains: Sequence_[Chain], num_tokens: int, cost: Callable[[list[int]], float]) -> list[int]:
+def choose_lengths(
+    chains: Sequence_[Chain],
+    num_tokens: int,
+    seconds: Callable[[int], float],
+    guessing: Callable[[int], float] = lambda _: 0.0,
+) -> list[int]:
     """How much of each chain to compute, so that expected tokens per second are most.
 
-    `num_tokens` come of the step anyway; `cost` gives its seconds from the chosen lengths. Places are taken in order
-    of what they add: within a chain that falls, so a place never comes before the one it depends on.
+    `num_tokens` come of the step anyway. `seconds` are those of the step with so many guesses in it, `guessing` those
+    of making one more guess for each of so many sequences. Places are taken in order of what they add: within a chain
+    that falls, so a place never comes before the one it depends on.
     """
     places = [(gain, -place, index) for index, chain in enumerate(chains) for place, gain in enumerate(chain.gains())]
-    lengths = [0] * len(chains)
-    best, best_rate, expected = list(lengths), _WORTHWHILE * num_tokens / cost(lengths), float(num_tokens)
-    for gain, _, index in sorted(places, reverse=True):
-        if gain < _LEAST_GAIN:
-            break
-        lengths[index] += 1
+    places = sorted([place for place in places if place[0] >= _LEAST_GAIN], reverse=True)
+    at_place = [0] * max((1 - place for _, place, _ in places), default=0)
+    best, best_rate, expected, spent = 0, _WORTHWHILE * num_tokens / seconds(0), float(num_tokens), 0.0
+    for count, (gain, place, _) in enumerate(places, start=1):
         expected += gain
-        rate = expected / cost(lengths)
+        spent += guessing(at_place[-place] + 1) - guessing(at_place[-place])
+        at_place[-place] += 1
+        rate = expected / (seconds(count) + spent)
         if rate > best_rate:
-            best, best_rate = list(lengths), rate
-    return best
+            best, best_rate = count, rate
+    lengths = [0] * len(chains)
+    for _, _, index in places[:best]:
+        lengths[index] += 1
+    return lengths
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +71,13 @@ class PlainStep:
     num_sequences: int
     max_rows: int
 
-    def lengths(self, chains: Sequence_[Chain], guessing: Callable[[list[int]], float] | None = None) -> list[int]:
-        """How much of each chain to compute in this step; `guessing` gives the seconds that making it takes."""
+    def lengths(self, chains: Sequence_[Chain], guessing: Callable[[int], float] = lambda _: 0.0) -> list[int]:
+        """How much of each chain to compute in this step; `guessing` as in `choose_lengths`."""
         longest = _LONGEST_STEP * self.costs.whole(self.num_rows)
 
-        def cost(lengths: list[int]) -> float:
-            num_rows = self.num_rows + sum(lengths)
-            seconds = self.costs.whole(num_rows) if num_rows <= self.max_rows else float("inf")
-            if seconds > longest:
-                return float("inf")
-            return seconds + guessing(lengths) if guessing else seconds
+        def seconds(num_guesses: int) -> float:
+            num_rows = self.num_rows + num_guesses
+            whole = self.costs.whole(num_rows) if num_rows <= self.max_rows else float("inf")
+            return whole if whole <= longest else float("inf")
 
-        return choose_lengths(chains, self.num_sequences, cost)
+        return choose_lengths(chains, self.num_sequences, seconds, guessing)

@@ -10,10 +10,11 @@ _LONGEST_REST = 8
 """Steps a sequence is not asked about after guesses of no use."""
 
 _VAIN_STEPS = 8
-_FULL_STEP = 32
-"""Where no guess was of use for so many steps, large steps look for guesses less and less often: at last one in 2 of
-those with 8 sequences, one in 8 with 16, one in 32 with 32. Looking costs by the sequence, and the more there are the
-less a guess can gain; in a small step a guess missed is dearer than looking.
+_SMALL_STEP = 4
+_MOST_SELDOM = 32
+"""Where no guess was of use for so many steps, steps larger than small ones look for guesses less and less often: at
+last one in 4 of those with 8 sequences, one in 16 with 16, one in 32 with 23 and more. Looking costs by the sequence,
+and the more there are the less a guess can gain; in a small step a guess missed is dearer than looking.
 """
 
 
@@ -42,7 +43,7 @@ class Patience:
     def pauses(self, num_sequences: int) -> bool:
         """Whether a step goes without a look, because the ones before found nothing. To be asked once a step."""
         self._num_vain += 1
-        every = min(self._num_vain // _VAIN_STEPS, num_sequences**2 // _FULL_STEP, _FULL_STEP)
+        every = min(self._num_vain // _VAIN_STEPS, num_sequences**2 // _SMALL_STEP**2, _MOST_SELDOM)
         return every > 1 and self._num_vain % every != 0
 
     def found_use(self) -> None:

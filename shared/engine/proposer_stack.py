@@ -65,6 +65,11 @@ class Guess:
     num_computed: int = 0
 
     @property
+    def first_chance(self) -> float:
+        """That the draft's first token is right."""
+        return self.member.acceptance(self.sequence).chance(self.sequence, self.draft.confidences[0])
+
+    @property
     def chain(self) -> Chain:
         acceptance = self.member.acceptance(self.sequence)
         return Chain([acceptance.chance(self.sequence, confidence) for confidence in self.draft.confidences])
@@ -153,7 +158,7 @@ def _is_open(member: Member, ask: Ask, guesses: dict[Sequence, Guess]) -> bool:
     if not member.guesses_for(ask.sequence):
         return False
     guess = guesses.get(ask.sequence)
-    return guess is None or guess.chain.chances[0] < member.typical(ask.sequence)
+    return guess is None or guess.first_chance < member.typical(ask.sequence)
 
 
 def _affordable(member: Member, asks: list[Ask], step: PlainStep) -> list[Ask]:
@@ -161,12 +166,8 @@ def _affordable(member: Member, asks: list[Ask], step: PlainStep) -> list[Ask]:
     seconds = member.proposer.seconds
     if not asks or not seconds(len(asks)):
         return asks
-
-    def guessing(lengths: list[int]) -> float:
-        return sum([seconds(sum([length > place for length in lengths])) for place in range(max(lengths))])
-
     chains = [Chain([member.typical(ask.sequence)] * ask.max_tokens) for ask in asks]
-    lengths = step.lengths(chains, guessing)
+    lengths = step.lengths(chains, seconds)
     if any(lengths):
         member.num_untried = 0
         return [replace(ask, max_tokens=length) for ask, length in zip(asks, lengths, strict=True) if length]

@@ -22,6 +22,8 @@ class Pace:
         """As observed for the nearest number of sequences."""
         if not num_sequences:
             return 0.0
+        if num_sequences in self._seconds:
+            return self._seconds[num_sequences]
         if not self._seconds:
             return _FIRST_SECONDS * math.pow(num_sequences, _GROWTH)
         nearest = min(self._seconds, key=lambda known: abs(known - num_sequences))

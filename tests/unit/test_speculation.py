@@ -270,9 +270,36 @@ def test_chosen_lengths_are_as_good_as_any_in_order_of_gain(chains: list[list[fl
         gained = sum(sum(Chain(chain).gains()[:length]) for chain, length in zip(chains, lengths, strict=True))
         return (len(chains) + gained) / steps[sum(lengths)]
 
-    chosen = choose_lengths([Chain(chain) for chain in chains], len(chains), lambda lengths: steps[sum(lengths)])
+    chosen = choose_lengths([Chain(chain) for chain in chains], len(chains), lambda num_guesses: steps[num_guesses])
     options: list[list[int]] = [[]]
     for chain in chains:
         options = [[*option, length] for option in options for length in range(len(chain) + 1)]
+    best = max(rate(option) for option in options)
+    assert rate(chosen) == pytest.approx(best) or (not any(chosen) and best <= 1.08 * rate([0] * len(chains)) + 1e-9)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    chance=st.floats(0.3, 0.95),
+    prices=st.lists(st.floats(0.0, 0.3), min_size=3, max_size=3),
+)
+def test_making_guesses_is_paid_place_by_place(lengths: list[int], chance: float, prices: list[float]) -> None:
+    """Against the slow way: a call for each place, for as many sequences as are guessed for so far."""
+
+    def guessing(num_sequences: int) -> float:
+        return sum(prices[:num_sequences])
+
+    def rate(chosen: list[int]) -> float:
+        calls = [sum(length > place for length in chosen) for place in range(4)]
+        expected = len(chosen) + sum(sum(chance ** (place + 1) for place in range(length)) for length in chosen)
+        return expected / (1.0 + 0.1 * sum(chosen) + sum(map(guessing, calls)))
+
+    chains = [Chain([chance] * length) for length in lengths]
+    chosen = choose_lengths(chains, len(chains), lambda num_guesses: 1.0 + 0.1 * num_guesses, guessing)
+    options: list[list[int]] = [[0] * len(chains)]
+    for place in range(4):  # the order in which they are weighed: all first places, all second ones, ...
+        for index in reversed(range(len(chains))):
+            if lengths[index] > place:
+                options.append([length + (at == index) for at, length in enumerate(options[-1])])
     best = max(rate(option) for option in options)
     assert rate(chosen) == pytest.approx(best) or (not any(chosen) and best <= 1.08 * rate([0] * len(chains)) + 1e-9)

@@ -203,7 +203,7 @@ def test_the_time_of_guessing_is_counted_once(price: float, beside: float, monke
     assert costs.noted == pytest.approx(beside)
 
 
-@pytest.mark.parametrize(("num_sequences", "least", "most"), [(3, 190, 200), (8, 100, 120), (32, 35, 50)])
+@pytest.mark.parametrize(("num_sequences", "least", "most"), [(4, 190, 200), (8, 55, 100), (32, 35, 50)])
 def test_large_steps_look_for_guesses_less_often_where_none_is_of_use(
     num_sequences: int, least: int, most: int
 ) -> None:

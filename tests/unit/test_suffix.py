@@ -1,4 +1,4 @@
-"""The suffix automaton and its proposer, against scanning the text."""
+"""Guesses by repetition, and the text they are found in, against comparing every place."""
 
 from __future__ import annotations
 
@@ -7,54 +7,68 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.engine.proposer import Ask
-from shared.speculative.suffix import MAX_STORED_TOKENS, MAX_TENANTS, SuffixProposer
-from shared.speculative.suffix_automaton import ROOT, SuffixAutomaton
+from shared.speculative.suffix import MAX_OWN_TOKENS, MAX_STORED_TOKENS, MAX_TENANTS, SuffixProposer
+from shared.speculative.token_text import LONGEST, TokenText
 from tests.engine_fakes import make_sequence
 
-texts = st.lists(st.integers(0, 3), max_size=60)
+texts = st.lists(st.integers(0, 3), max_size=60) | st.lists(st.integers(0, 1), max_size=120)
 
 
-def occurs_before(text: list[int], suffix: list[int]) -> bool:
-    return any(text[i : i + len(suffix)] == suffix for i in range(len(text) - len(suffix)))
+def text_of(tokens: list[int], capacity: int = 1000) -> TokenText:
+    text = TokenText(capacity)
+    text.extend(tokens)
+    return text
 
 
-def longest_repeated(text: list[int]) -> int:
-    return max((n for n in range(len(text)) if n and occurs_before(text, text[-n:])), default=0)
+def latest_longest(text: list[int], ending: list[int]) -> tuple[int, int]:
+    """Length of the longest end of `ending` in `text`, and the last place where it ends."""
+    for length in range(min(LONGEST, len(ending)), 0, -1):
+        for end in range(len(text) - 1, length - 2, -1):
+            if text[end + 1 - length : end + 1] == ending[-length:]:
+                return length, end
+    return 0, -1
 
 
 @given(texts)
-def test_the_longest_repeated_suffix_and_a_place_where_it_ended(text: list[int]) -> None:
-    automaton = SuffixAutomaton()
-    for at, token in enumerate(text):
-        automaton.append(token)
-        length, end = automaton.repeated()
-        assert length == longest_repeated(text[: at + 1])
-        assert not length or end < at
-        assert text[end + 1 - length : end + 1] == text[at + 1 - length : at + 1]
+def test_the_longest_repeated_end_and_the_latest_place_of_it(tokens: list[int]) -> None:
+    text = TokenText(1000)
+    assert text.repeated() == (0, -1)
+    for at, token in enumerate(tokens):
+        text.extend([token])
+        assert text.repeated() == latest_longest(tokens[:at], tokens[: at + 1])
 
 
 @given(texts, texts)
-def test_reading_another_text_finds_its_longest_match(text: list[int], other: list[int]) -> None:
-    automaton = SuffixAutomaton()
-    for token in text:
-        automaton.append(token)
-    state, length = ROOT, 0
-    for at, token in enumerate(other):
-        state, length = automaton.advance(state, length, token)
-        read = other[: at + 1]
-        inside = [n for n in range(1, len(read) + 1) if any(text[i : i + n] == read[-n:] for i in range(len(text)))]
-        assert length == max(inside, default=0)
-        end = automaton.end_of(state)
-        assert text[end + 1 - length : end + 1] == read[len(read) - length :]
+def test_the_end_of_another_text_is_found(tokens: list[int], other: list[int]) -> None:
+    assert text_of(tokens).find(text_of(other).ending()) == latest_longest(tokens, other)
+
+
+@given(st.lists(st.lists(st.integers(-1, 3), max_size=9), max_size=12), st.integers(1, 12))
+def test_a_full_text_keeps_the_latest_tokens(parts: list[list[int]], capacity: int) -> None:
+    text, everything = TokenText(capacity), list[int]()
+    for part in parts:
+        before = len(text)
+        text.extend(part)
+        everything += part
+        assert len(text) == before + len(part) or capacity // 2 <= len(text) <= max(1, capacity // 2)
+    kept = everything[len(everything) - len(text) :]
+    assert len(text) <= capacity
+    assert text.num_read == len(everything)
+    assert text.repeated() == latest_longest(kept[:-1], kept)
+
+
+def test_large_token_ids_are_told_apart() -> None:
+    tokens = [0xD7FF, 0xDFFF, 0x10FFFE, 7, 0xD7FF, 0xDFFF]
+    text = text_of(tokens)
+    assert text.repeated() == (2, 1)
+    assert text.continuation(1, 2) == [0x10FFFE, 7]
 
 
 def test_a_continuation_at_the_end_of_the_text_repeats_itself() -> None:
-    automaton = SuffixAutomaton()
-    for token in [1, 2, 3, 1, 2, 3]:
-        automaton.append(token)
-    length, end = automaton.repeated()
-    assert (length, end) == (3, 2)
-    assert automaton.continuation(end, 7) == [1, 2, 3, 1, 2, 3, 1]
+    text = text_of([1, 2, 3, 1, 2, 3])
+    length, place = text.repeated()
+    assert (length, place) == (3, 2)
+    assert text.continuation(place, 7) == [1, 2, 3, 1, 2, 3, 1]
 
 
 def test_what_followed_in_the_prompt_is_guessed() -> None:
@@ -93,15 +107,15 @@ def test_stores_are_bounded() -> None:
             proposer.forget(sequence)
     stores = proposer._stores
     assert list(stores) == [bytes([tenant]) for tenant in range(2, MAX_TENANTS + 2)]
-    for store in stores.values():
-        assert sum(map(len, store.generations)) <= 2 * MAX_STORED_TOKENS
+    assert all(MAX_STORED_TOKENS // 2 <= len(store) <= MAX_STORED_TOKENS for store in stores.values())
 
 
-def test_a_long_prompt_is_read_over_several_steps_and_then_guessed_from() -> None:
+def test_a_prompt_too_long_to_keep_is_guessed_from_where_it_is_kept() -> None:
     proposer = SuffixProposer()
-    sequence = make_sequence([*range(2000), 5, 6, 7])
-    drafts = [proposer.propose([Ask(sequence, 2)])[0] for _ in range(4)]
-    assert [draft.tokens for draft in drafts] == [(), (), (), (8, 9)]
+    late, early = MAX_OWN_TOKENS + 50, 5
+    for place, expected in ((late, (late + 3, late + 4)), (early, ())):
+        sequence = make_sequence([*range(MAX_OWN_TOKENS + 100), place, place + 1, place + 2])
+        assert proposer.propose([Ask(sequence, 2)])[0].tokens == expected
 
 
 @pytest.mark.parametrize("length", [0, 5])
@@ -112,4 +126,4 @@ def test_forgetting_twice_does_no_harm(length: int) -> None:
     sequence.tokens += list(range(length))
     proposer.forget(sequence)
     proposer.forget(sequence)
-    assert proposer._readers == {}
+    assert proposer._texts == {}
