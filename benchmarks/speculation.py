@@ -5,7 +5,8 @@
 Three `slipstream serve` run side by side, two of them with `--speculation none`; while one is loaded the others are
 idle. Each cell is measured on all in turn, round by round, with prompts that never repeat: so many streams at once,
 each followed by another until all requests are through. Greedy or sampled with a seed; a request's answers of the three
-must be equal. The ratio of the two that do the same says what a ratio of this machine is worth.
+must be equal. The ratio of the two that do the same says what a ratio of this machine is worth. The third table is over
+all kinds of prompts, against the geometric mean of both; `--tables FILE` prints the tables of a raw file.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import json
+import math
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 from typing import Any
 
 import aiohttp
@@ -116,6 +119,27 @@ def render(results: Sequence[dict[str, Any]], name: str) -> str:
     return "\n".join(lines)
 
 
+def render_over_kinds(results: Sequence[dict[str, Any]]) -> str:
+    """With speculation to the geometric mean of both servers without: geometric mean, its standard error, and count."""
+    columns = list(dict.fromkeys(result["streams"] for result in results))
+    lines = ["| | " + " | ".join(map(str, columns)) + " |", "| --- |" + " --- |" * len(columns)]
+    for temperature in dict.fromkeys(result["temperature"] for result in results):
+        cells = []
+        for streams in columns:
+            same = [r for r in results if (r["temperature"], r["streams"]) == (temperature, streams)]
+            logs = [math.log(r["with"] / math.sqrt(r["without"] * r["control"])) for r in same]
+            error = stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else math.nan
+            ratio = math.exp(mean(logs))
+            cells.append(f"{ratio:.3f} ± {ratio * error:.3f} ({len(logs)})")
+        lines.append(f"| T = {temperature:g} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def tables_of(results: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """By their names in the raw file."""
+    return {name: render(results, name) for name in ("with", "control")} | {"over kinds": render_over_kinds(results)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
@@ -125,7 +149,11 @@ def main() -> None:
     parser.add_argument("--kernels", default="auto", help="what computes the model in all three servers")
     parser.add_argument("--draft", default="", help="folder of a draft model for the server that speculates")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--tables", type=Path, help="measure nothing: print the tables of this raw file")
     options = parser.parse_args()
+    if options.tables:
+        print("\n\n".join(tables_of(json.loads(options.tables.read_text())["runs"]).values()))
+        return
     codec, numbers, results = load_tokenizer(resolve("smollm2")), itertools.count(), list[dict[str, Any]]()
     tables = dict[str, str]()
     flags, kernels = ("--draft", options.draft) if options.draft else (), ("--kernels", options.kernels)
@@ -140,7 +168,7 @@ def main() -> None:
             for temperature, kind, streams in itertools.product(options.temperatures, options.kinds, options.streams):
                 order = dict(itertools.islice(itertools.cycle(urls.items()), number % 3, number % 3 + 3))
                 results.append(measure(order, codec, kind, streams, temperature, numbers) | {"round": number})
-            tables = {name: render(results, name) for name in ("with", "control")}
+            tables = tables_of(results)
             write_raw(options.out, results, **{name: table.splitlines() for name, table in tables.items()})
             print(f"round {number + 1} of {options.rounds} done", file=sys.stderr, flush=True)
     print("\n\n".join(tables.values()))

@@ -1,0 +1,33 @@
+"""The tables of the speculation benchmark say what was measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.speculation import tables_of
+
+
+def run(kind: str, streams: int, without: float, with_: float, control: float) -> dict[str, Any]:
+    cell = {"kind": kind, "streams": streams, "temperature": 1.0}
+    return cell | {"without": without, "with": with_, "control": control}
+
+
+def test_ratios_by_cell_and_over_kinds() -> None:
+    runs = [
+        *(
+            run("chat", 1, 100.0, 200.0, 100.0),
+            run("chat", 1, 100.0, 300.0, 100.0),
+            run("chat", 1, 100.0, 210.0, 400.0),
+        ),
+        run("chat", 4, 50.0, 100.0, 50.0),
+        run("code", 1, 100.0, 50.0, 100.0),
+        run("code", 4, 50.0, 25.0, 50.0),
+    ]
+    tables = {name: table.splitlines()[2:] for name, table in tables_of(runs).items()}
+    assert tables["with"] == [
+        "| chat, T = 1 | 2.10 [2.00-3.00], 210 | 2.00 [2.00-2.00], 100 |",
+        "| code, T = 1 | 0.50 [0.50-0.50], 50 | 0.50 [0.50-0.50], 25 |",
+    ]
+    assert tables["control"][0] == "| chat, T = 1 | 1.00 [1.00-4.00], 100 | 1.00 [1.00-1.00], 50 |"
+    # (2 · 3 · 1.05 · 0.5)^(1/4); the standard error is that of the logarithms: 0.783 / 2
+    assert tables["over kinds"] == ["| T = 1 | 1.332 ± 0.522 (4) | 1.000 ± 0.693 (2) |"]
