@@ -2,11 +2,13 @@
 
     python -m benchmarks.speculation --rounds 3 --out docs/data/speculation.json
 
-Three `slipstream serve` run side by side, two of them with `--speculation none`; while one is loaded the others are
-idle. Each cell is measured on all in turn, round by round, with prompts that never repeat: so many streams at once,
-each followed by another until all requests are through. Greedy or sampled with a seed; a request's answers of the three
-must be equal. The ratio of the two that do the same says what a ratio of this machine is worth. The third table is over
-all kinds of prompts, against the geometric mean of both; `--tables FILE` prints the tables of a raw file.
+Two `slipstream serve` run side by side, one of them with `--speculation none`, begun anew for each round, because two
+processes of one program differ by several per cent; while one is loaded the other is idle. Each cell is measured three
+times in turn, with prompts that never repeat: on the server without speculation, on the one with it, and there again
+with requests that forbid it, which says what a ratio of 1 looks like here. So many streams at once, each followed by
+another until all requests are through, greedy or sampled with a seed; the three answers to a request must be equal.
+The tables over all kinds of prompts compare with the other server and with the same one. `--tables FILE` prints those
+of a raw file.
 """
 
 from __future__ import annotations
@@ -40,22 +42,25 @@ OUTPUT_LEN = 128
 SETTLE_S = 8.0
 """After the start, in which workers measure what their steps cost."""
 
+WITHOUT, WITH, OFF = "without", "with", "forbidden"
+FORBIDDING = {"speculation": "none", "cache_salt": OFF}
+"""The salt keeps prompts of one load from being found computed by the other."""
+
 PORT = 18970
 
 
 async def generate(
-    session: aiohttp.ClientSession, url: str, prompt: list[int], temperature: float, seed: int
+    session: aiohttp.ClientSession, url: str, prompt: list[int], fields: dict[str, Any]
 ) -> tuple[str, int]:
     """Text and number of tokens of one streamed answer. Raises RuntimeError when it fails."""
     body = {
         "model": "smollm2",
         "prompt": prompt,
         "max_tokens": OUTPUT_LEN,
-        "temperature": temperature,
-        "seed": seed,
         "stream": True,
         "ignore_eos": True,
         "stream_options": {"include_usage": True},
+        **fields,
     }
     parser, text, num_tokens = EventParser(), "", 0
     async with session.post(f"{url}/v1/completions", json=body) as response:
@@ -72,15 +77,15 @@ async def generate(
 
 
 async def load(
-    url: str, prompts: Sequence[list[int]], streams: int, temperature: float
+    url: str, prompts: Sequence[list[int]], streams: int, fields: dict[str, Any]
 ) -> tuple[float, list[tuple[str, int]]]:
-    """Output tokens per second, and what was answered."""
+    """Output tokens per second, and what was answered; `fields` are those that all requests have beside their seeds."""
     answers = [("", 0) for _ in prompts]
     waiting = iter(range(len(prompts)))
 
     async def stream(session: aiohttp.ClientSession) -> None:
         for index in waiting:
-            answers[index] = await generate(session, url, prompts[index], temperature, index)
+            answers[index] = await generate(session, url, prompts[index], fields | {"seed": index})
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         began = time.perf_counter()
@@ -89,17 +94,17 @@ async def load(
     return sum(num_tokens for _, num_tokens in answers) / seconds, answers
 
 
-def measure(
-    urls: dict[str, str], codec: TextCodec, kind: str, streams: int, temperature: float, numbers: itertools.count[int]
-) -> dict[str, Any]:
-    """One cell on all servers, one after the other."""
-    texts = [KINDS[kind](next(numbers)) for _ in range(STREAMS[streams])]
+def measure(codec: TextCodec, kind: str, streams: int, temperature: float, number: int, first: int) -> dict[str, Any]:
+    """One cell in the three ways; round `number` says which goes first. Prompts are those from `first` on."""
+    texts = [KINDS[kind](first + index) for index in range(STREAMS[streams])]
     prompts = [codec.encode_chat(codec.template.render([{"role": "user", "content": text}])) for text in texts]
-    found: dict[str, Any] = {"kind": kind, "streams": streams, "temperature": temperature}
+    found: dict[str, Any] = {"kind": kind, "streams": streams, "temperature": temperature, "round": number}
+    ways = {WITHOUT: (PORT, {}), WITH: (PORT + 1, {}), OFF: (PORT + 1, FORBIDDING)}
     answers = {}
-    for name, url in urls.items():
-        found[name], answers[name] = asyncio.run(load(url, prompts, streams, temperature))
-    if any(answer != answers["without"] for answer in answers.values()):
+    for name, (port, fields) in itertools.islice(itertools.cycle(ways.items()), number % 3, number % 3 + 3):
+        loading = load(f"http://127.0.0.1:{port}", prompts, streams, {"temperature": temperature, **fields})
+        found[name], answers[name] = asyncio.run(loading)
+    if any(answer != answers[WITHOUT] for answer in answers.values()):
         raise RuntimeError(f"{kind}, {streams} streams: the answers differ")
     return found
 
@@ -112,22 +117,22 @@ def render(results: Sequence[dict[str, Any]], name: str) -> str:
         cells = []
         for streams in columns:
             same = [r for r in results if (r["kind"], r["temperature"], r["streams"]) == (kind, temperature, streams)]
-            ratios = [result[name] / result["without"] for result in same]
+            ratios = [result[name] / result[WITHOUT] for result in same]
             speed = median(result[name] for result in same)
             cells.append(f"{median(ratios):.2f} [{min(ratios):.2f}-{max(ratios):.2f}], {speed:.0f}")
         lines.append(f"| {kind}, T = {temperature:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def render_over_kinds(results: Sequence[dict[str, Any]]) -> str:
-    """With speculation to the geometric mean of both servers without: geometric mean, its standard error, and count."""
+def render_over_kinds(results: Sequence[dict[str, Any]], other: str) -> str:
+    """With speculation to one of the other ways: geometric mean of all ratios, its standard error, and their number."""
     columns = list(dict.fromkeys(result["streams"] for result in results))
-    lines = ["| | " + " | ".join(map(str, columns)) + " |", "| --- |" + " --- |" * len(columns)]
+    lines = [f"| against {other} | " + " | ".join(map(str, columns)) + " |", "| --- |" + " --- |" * len(columns)]
     for temperature in dict.fromkeys(result["temperature"] for result in results):
         cells = []
         for streams in columns:
             same = [r for r in results if (r["temperature"], r["streams"]) == (temperature, streams)]
-            logs = [math.log(r["with"] / math.sqrt(r["without"] * r["control"])) for r in same]
+            logs = [math.log(r[WITH] / r[other]) for r in same]
             error = stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else math.nan
             ratio = math.exp(mean(logs))
             cells.append(f"{ratio:.3f} ± {ratio * error:.3f} ({len(logs)})")
@@ -137,7 +142,8 @@ def render_over_kinds(results: Sequence[dict[str, Any]]) -> str:
 
 def tables_of(results: Sequence[dict[str, Any]]) -> dict[str, str]:
     """By their names in the raw file."""
-    return {name: render(results, name) for name in ("with", "control")} | {"over kinds": render_over_kinds(results)}
+    cells = {name: render(results, name) for name in (WITH, OFF)}
+    return cells | {f"against {other}": render_over_kinds(results, other) for other in (WITHOUT, OFF)}
 
 
 def main() -> None:
@@ -146,7 +152,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="*", default=list(STREAMS))
     parser.add_argument("--temperatures", type=float, nargs="*", default=[0.0, 1.0])
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--kernels", default="auto", help="what computes the model in all three servers")
+    parser.add_argument("--kernels", default="auto", help="what computes the model in both servers")
     parser.add_argument("--draft", default="", help="folder of a draft model for the server that speculates")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tables", type=Path, help="measure nothing: print the tables of this raw file")
@@ -154,24 +160,22 @@ def main() -> None:
     if options.tables:
         print("\n\n".join(tables_of(json.loads(options.tables.read_text())["runs"]).values()))
         return
-    codec, numbers, results = load_tokenizer(resolve("smollm2")), itertools.count(), list[dict[str, Any]]()
-    tables = dict[str, str]()
-    flags, kernels = ("--draft", options.draft) if options.draft else (), ("--kernels", options.kernels)
-    urls = {name: f"http://127.0.0.1:{PORT + at}" for at, name in enumerate(("without", "with", "control"))}
-    with (
-        slipstream("smollm2", *kernels, "--speculation", "none").running(PORT),
-        slipstream("smollm2", *kernels, *flags).running(PORT + 1),
-        slipstream("smollm2", *kernels, "--speculation", "none").running(PORT + 2),
-    ):
-        time.sleep(SETTLE_S)
-        for number in range(options.rounds):
-            for temperature, kind, streams in itertools.product(options.temperatures, options.kinds, options.streams):
-                order = dict(itertools.islice(itertools.cycle(urls.items()), number % 3, number % 3 + 3))
-                results.append(measure(order, codec, kind, streams, temperature, numbers) | {"round": number})
-            tables = tables_of(results)
-            write_raw(options.out, results, **{name: table.splitlines() for name, table in tables.items()})
-            print(f"round {number + 1} of {options.rounds} done", file=sys.stderr, flush=True)
-    print("\n\n".join(tables.values()))
+    codec, results = load_tokenizer(resolve("smollm2")), list[dict[str, Any]]()
+    flags = ("--draft", options.draft) if options.draft else ()
+    without = slipstream("smollm2", "--kernels", options.kernels, "--speculation", "none")
+    speculating = slipstream("smollm2", "--kernels", options.kernels, *flags)
+    cells = list(itertools.product(options.temperatures, options.kinds, options.streams))
+    first = 0
+    for number in range(options.rounds):
+        with without.running(PORT), speculating.running(PORT + 1):
+            time.sleep(SETTLE_S)
+            for temperature, kind, streams in cells:
+                results.append(measure(codec, kind, streams, temperature, number, first))
+                first += STREAMS[streams]
+        tables = tables_of(results)
+        write_raw(options.out, results, **{name: table.splitlines() for name, table in tables.items()})
+        print(f"round {number + 1} of {options.rounds} done", file=sys.stderr, flush=True)
+    print("\n\n".join(tables_of(results).values()))
 
 
 if __name__ == "__main__":

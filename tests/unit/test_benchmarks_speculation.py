@@ -7,9 +7,9 @@ from typing import Any
 from benchmarks.speculation import tables_of
 
 
-def run(kind: str, streams: int, without: float, with_: float, control: float) -> dict[str, Any]:
+def run(kind: str, streams: int, without: float, with_: float, off: float) -> dict[str, Any]:
     cell = {"kind": kind, "streams": streams, "temperature": 1.0}
-    return cell | {"without": without, "with": with_, "control": control}
+    return cell | {"without": without, "with": with_, "forbidden": off}
 
 
 def test_ratios_by_cell_and_over_kinds() -> None:
@@ -17,7 +17,7 @@ def test_ratios_by_cell_and_over_kinds() -> None:
         *(
             run("chat", 1, 100.0, 200.0, 100.0),
             run("chat", 1, 100.0, 300.0, 100.0),
-            run("chat", 1, 100.0, 210.0, 400.0),
+            run("chat", 1, 100.0, 210.0, 420.0),
         ),
         run("chat", 4, 50.0, 100.0, 50.0),
         run("code", 1, 100.0, 50.0, 100.0),
@@ -28,6 +28,8 @@ def test_ratios_by_cell_and_over_kinds() -> None:
         "| chat, T = 1 | 2.10 [2.00-3.00], 210 | 2.00 [2.00-2.00], 100 |",
         "| code, T = 1 | 0.50 [0.50-0.50], 50 | 0.50 [0.50-0.50], 25 |",
     ]
-    assert tables["control"][0] == "| chat, T = 1 | 1.00 [1.00-4.00], 100 | 1.00 [1.00-1.00], 50 |"
-    # (2 · 3 · 1.05 · 0.5)^(1/4); the standard error is that of the logarithms: 0.783 / 2
-    assert tables["over kinds"] == ["| T = 1 | 1.332 ± 0.522 (4) | 1.000 ± 0.693 (2) |"]
+    assert tables["forbidden"][0] == "| chat, T = 1 | 1.00 [1.00-4.20], 100 | 1.00 [1.00-1.00], 50 |"
+    # (2 · 3 · 2.1 · 0.5)^(1/4); the standard error is that of the logarithms: 0.790 / 2
+    assert tables["against without"] == ["| T = 1 | 1.584 ± 0.626 (4) | 1.000 ± 0.693 (2) |"]
+    # (2 · 3 · 0.5 · 0.5)^(1/4), 0.932 / 2
+    assert tables["against forbidden"] == ["| T = 1 | 1.107 ± 0.516 (4) | 1.000 ± 0.693 (2) |"]
