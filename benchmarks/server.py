@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 OURS = "slipstream"
 START_TIMEOUT_S, STOP_TIMEOUT_S = 240.0, 60.0
@@ -29,12 +30,13 @@ class Server:
 
     @contextmanager
     def running(self, port: int, log: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
-        """The server, healthy; interrupted at the end, and killed where that does not help.
+        """The server, healthy; interrupted at the end, and killed where that does not help. So it is on SIGTERM.
 
         What it prints goes to `log`. Raises RuntimeError when it does not start.
         """
         command = [part.replace("{port}", str(port)) for part in self.command]
         with (
+            ending_on_sigterm(),
             (log or Path(os.devnull)).open("wb") as output,
             subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True) as process,
         ):
@@ -45,6 +47,20 @@ class Server:
                 yield process
             finally:
                 _stop(process)
+
+
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends this process by an exception, so that servers in sessions of their own are stopped too."""
+
+    def end(signum: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def slipstream(model: str, *flags: str) -> Server:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -49,3 +51,26 @@ def test_a_server_that_ends_at_once_is_told_with_its_command_and_last_words(tmp_
         server.running(free_port(), tmp_path / "log"),
     ):
         pytest.fail("it was measured all the same")
+
+
+MEASURES_FOR_EVER = """
+import sys
+import time
+from pathlib import Path
+from benchmarks.server import Server
+
+with Server("tiny", (sys.executable, "-c", sys.argv[1], "{port}")).running(int(sys.argv[2]), Path(sys.argv[3])):
+    print("measuring", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_benchmark_that_is_terminated_leaves_no_server_running(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", MEASURES_FOR_EVER, ANSWERS, str(free_port()), str(log)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as benchmark:
+        assert benchmark.stdout is not None
+        assert benchmark.stdout.readline() == b"measuring\n"
+        benchmark.terminate()
+    assert benchmark.returncode == 128 + signal.SIGTERM
+    assert "interrupted" in log.read_text()
