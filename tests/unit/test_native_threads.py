@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -92,6 +93,30 @@ def test_many_changes_of_the_thread_count(folder: Path) -> None:
     decoder = native(folder, threads=7)
     counts = [int(count) for count in np.random.default_rng(3).integers(0, 9, 300)]
     assert computed(decoder, counts)[-3:] == computed(native(folder), [1, 1])[-3:]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are put on cores on Linux only")
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores to choose from")
+def test_a_thread_that_computes_two_models_is_put_where_the_share_is(folder: Path) -> None:
+    """A model and its draft: what one of them was last placed for says nothing of where the other has put the thread."""
+    usable = sorted(os.sched_getaffinity(0))
+    board = CoreBoard.create()
+    share = place_of(CoreShare(board, 1, len(usable)))
+
+    def steps() -> list[int]:
+        model, draft = native(folder, threads=len(usable)), native(folder, threads=len(usable))
+        put = []
+        for decoder, is_other_busy in ((model, True), (draft, False), (model, True), (draft, False), (draft, True)):
+            board.words[0] = (1 << 64) - 1 if is_other_busy else 0
+            computed(decoder, [0], share)
+            put += os.sched_getaffinity(0)  # of this thread
+        return put
+
+    with ThreadPoolExecutor(1) as pool:  # it stays where it was put
+        put = pool.submit(steps).result()
+    board.close()
+    beside, alone = usable[-(-len(usable) // 2)], usable[0]
+    assert put == [beside, alone, beside, alone, beside]
 
 
 def helpers() -> set[Path]:

@@ -54,6 +54,9 @@ std::vector<int> usable_cpus() {
     return cpus;
 }
 
+// Where this thread was put last, by whichever team: a model and its draft are computed by the same one.
+thread_local int caller_cpu = -1;
+
 void place(pthread_t thread, int cpu) {
     cpu_set_t set;
     CPU_ZERO(&set);
@@ -81,10 +84,12 @@ Team::~Team() { stop(); }
 void Team::use(const Share& share) {
     use(share.count);
 #if defined(__linux__)
-    if (all_ < (int)cpus_.size() || share == placed_) return;  // fewer threads than cores: the system finds the best ones
+    if (all_ < (int)cpus_.size()) return;  // fewer threads than cores: the system finds the best ones
+    const int mine = cpus_[share.first % cpus_.size()];
+    if (mine != caller_cpu) place(pthread_self(), caller_cpu = mine);
+    if (share == placed_) return;
     placed_ = share;
-    for (int i = 0; i < size_; i++)
-        place(i ? threads_[i - 1].native_handle() : pthread_self(), cpus_[(share.first + i) % cpus_.size()]);
+    for (int i = 1; i < size_; i++) place(threads_[i - 1].native_handle(), cpus_[(share.first + i) % cpus_.size()]);
 #endif
 }
 

@@ -99,7 +99,7 @@ class Team {
 
     const int all_;
     std::vector<int> cpus_;  // that this process may use
-    Share placed_{0, 0};     // the last one that threads were placed for
+    Share placed_{0, 0};     // the last one that the threads beside the caller were placed for
     int size_;  // changes between runs; only threads that were called for the run read it
     Counter counters_[2][MAX_RANGES];  // items taken of each range, of this stage and the next in turn
     std::vector<Word> calls_;  // one for each thread: counts the runs it was called for
