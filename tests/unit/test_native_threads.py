@@ -98,7 +98,7 @@ def test_many_changes_of_the_thread_count(folder: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are put on cores on Linux only")
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores to choose from")
 def test_a_thread_that_computes_two_models_is_put_where_the_share_is(folder: Path) -> None:
-    """A model and its draft: what one of them was last placed for says nothing of where the other has put the thread."""
+    """A model and its draft: what one was last placed for says nothing of where the other has put the thread."""
     usable = sorted(os.sched_getaffinity(0))
     board = CoreBoard.create()
     share = place_of(CoreShare(board, 1, len(usable)))
@@ -109,7 +109,7 @@ def test_a_thread_that_computes_two_models_is_put_where_the_share_is(folder: Pat
         for decoder, is_other_busy in ((model, True), (draft, False), (model, True), (draft, False), (draft, True)):
             board.words[0] = (1 << 64) - 1 if is_other_busy else 0
             computed(decoder, [0], share)
-            put += os.sched_getaffinity(0)  # of this thread
+            put += list(os.sched_getaffinity(0))  # of this thread
         return put
 
     with ThreadPoolExecutor(1) as pool:  # it stays where it was put
