@@ -4,7 +4,7 @@
 
 Two `slipstream serve` run side by side, one of them with `--speculation none`, begun anew for each round, because two
 processes of one program differ by several per cent; while one is loaded the other is idle. Each cell is measured three
-times in turn, with prompts that never repeat: on the server without speculation, on the one with it, and there again
+times in turn, with prompts of its own: on the server without speculation, on the one with it, and there again
 with requests that forbid it, which says what a ratio of 1 looks like here. So many streams at once, each followed by
 another until all requests are through, greedy or sampled with a seed; the three answers to a request must be equal.
 The tables over all kinds of prompts compare with the other server and with the same one. `--tables FILE` prints those

@@ -1,5 +1,7 @@
-"""Prompts of the four kinds of work that `benchmarks.speculation` measures; every one is another, and none is packaged
-with `slipstream distill`."""
+"""Prompts of the four kinds of work that `benchmarks.speculation` measures; none is packaged with `slipstream distill`.
+
+Every one is another, but for chat, whose prompts come again after 42.
+"""
 
 from __future__ import annotations
 
