@@ -38,6 +38,10 @@ from shared.tokenizer.loader import load_tokenizer
 STREAMS = {1: 3, 4: 8, 8: 16, 16: 32, 32: 48}
 """Streams at once, and requests of a measurement."""
 
+TEMPERATURES = (0.0, 1.0)
+PROMPTS_OF_A_ROUND = sum(STREAMS.values()) * len(TEMPERATURES) * len(KINDS)
+"""So many follow each other; a server sees no prompt twice but for the load that forbids guesses."""
+
 OUTPUT_LEN = 128
 SETTLE_S = 8.0
 """After the start, in which workers measure what their steps cost."""
@@ -150,7 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--streams", type=int, nargs="*", default=list(STREAMS))
-    parser.add_argument("--temperatures", type=float, nargs="*", default=[0.0, 1.0])
+    parser.add_argument("--temperatures", type=float, nargs="*", default=list(TEMPERATURES))
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument("--kernels", default="auto", help="what computes the model in both servers")
     parser.add_argument("--draft", default="", help="folder of a draft model for the server that speculates")

@@ -1,6 +1,6 @@
 """Prompts of the four kinds of work that `benchmarks.speculation` measures; none is packaged with `slipstream distill`.
 
-Every one is another, but for chat, whose prompts come again after 42.
+A round of it asks for 856, and each kind has more than that before one comes again.
 """
 
 from __future__ import annotations
@@ -11,14 +11,43 @@ TOPICS = (
     *("a weekend in Lisbon", "learning to sail", "repairing a bicycle", "the moons of Jupiter", "keeping bees"),
     *("writing a letter of complaint", "old lighthouses", "teaching a dog to sit", "saving water at home"),
     *("cooking for ten people", "sleeping better", "the first railways", "choosing a laptop", "planting an oak"),
+    *("baking rye bread", "the rules of curling", "renting a flat abroad", "how glaciers form", "a first aquarium"),
+    *(
+        "night photography",
+        "board games of old Egypt",
+        "making candles",
+        "walking in the Alps",
+        "writing a short speech",
+    ),
+    *(
+        "growing tomatoes on a balcony",
+        "the port of Rotterdam",
+        "how vaccines are tested",
+        "speaking in front of people",
+    ),
+    *("insulating an attic", "the Baltic Sea", "painting a wooden fence", "learning Portuguese", "how batteries age"),
+    *("a picnic in the rain", "the life of otters", "remembering names", "a vegetarian barbecue", "how owls hunt"),
+    *("how bridges are inspected", "restoring old chairs", "the invention of printing", "a long train journey"),
+    "sharing a kitchen",
+)
+ASKED = (
+    "Tell me something about {topic}. I have {minutes} minutes.",
+    "What should I know about {topic}? My friend {name} will ask me.",
+    "Give me some advice on {topic} for someone who is {age} years old.",
+    "Write an e-mail to {name} about {topic}.",
+    "What do people most often get wrong about {topic}? Name {minutes} things.",
+    "I read about {topic} yesterday, and {name} did not believe me. Explain it to both of us.",
+    "Imagine a talk of {minutes} minutes about {topic}. How would you begin?",
+    "{name} wants to write an article about {topic}. What could be in it?",
 )
 PLACES = ("Ostrava Bay", "Port Ellen", "Kinsale", "Gdynia", "Vardø", "Trieste", "Piran", "Brest", "Sines")
 NAMES = ("Ada", "Bruno", "Chiara", "Dmitri", "Elif", "Farid", "Greta", "Hugo", "Ines", "Jonas", "Katya")
 
 
 def chat(index: int) -> str:
-    asked = ("Tell me something about", "What should I know about", "Give me some advice on")[index // len(TOPICS) % 3]
-    return f"{asked} {TOPICS[index % len(TOPICS)]}. I have {index % 7 + 2} minutes."
+    name = NAMES[index % len(NAMES)]
+    asked, topic = ASKED[index % len(ASKED)], TOPICS[index % len(TOPICS)]
+    return asked.format(topic=topic, name=name, minutes=index % 11 + 2, age=index % 11 + 20)
 
 
 def quote(index: int) -> str:

@@ -110,7 +110,7 @@ def test_a_streamed_chat_is_the_whole_one_in_pieces(client: openai.OpenAI, clust
     ) as stream:
         chunks = list(stream)
     assert streamed_text(chunks) == text_of(whole)
-    assert len(chunks) > 3
+    assert len(chunks) >= 3, "the role, the text, the end; who reads slowly gets several tokens in one chunk"
     assert len({chunk.id for chunk in chunks}) == 1
     assert chunks[0].choices[0].delta.role == "assistant"
     reasons = [chunk.choices[0].finish_reason for chunk in chunks]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.speculation import tables_of
+import pytest
+
+from benchmarks.speculation import PROMPTS_OF_A_ROUND, tables_of
+from benchmarks.speculation_prompts import KINDS
 
 
 def run(kind: str, streams: int, without: float, with_: float, off: float) -> dict[str, Any]:
@@ -33,3 +36,8 @@ def test_ratios_by_cell_and_over_kinds() -> None:
     assert tables["against without"] == ["| T = 1 | 1.584 ± 0.626 (4) | 1.000 ± 0.693 (2) |"]
     # (2 · 3 · 0.5 · 0.5)^(1/4), 0.932 / 2
     assert tables["against forbidden"] == ["| T = 1 | 1.107 ± 0.516 (4) | 1.000 ± 0.693 (2) |"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_two_prompts_of_a_round_are_alike(kind: str) -> None:
+    assert len({KINDS[kind](index) for index in range(PROMPTS_OF_A_ROUND)}) == PROMPTS_OF_A_ROUND

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.speculation import PROMPTS_OF_A_ROUND
 from benchmarks.speculation_prompts import KINDS, TOPICS
 from shared.config import EngineSettings
 from shared.distill.corpus import Prompt, asked, encode_all, load_prompts
@@ -109,7 +110,7 @@ def test_the_packaged_prompts_are_many_and_distinct_and_some_are_held_out() -> N
 def test_what_speculation_is_measured_with_is_not_trained_on() -> None:
     packaged = [prompt.text or prompt.messages[0][1] for prompt in load_prompts(None)]
     assert not [topic for topic in TOPICS if any(topic in text for text in packaged)]
-    measured = {make(index) for make in KINDS.values() for index in range(300)}
+    measured = {make(index) for make in KINDS.values() for index in range(PROMPTS_OF_A_ROUND)}
     assert measured.isdisjoint(packaged)
 
 

@@ -189,6 +189,7 @@ def test_the_hidden_row_is_the_one_that_the_last_token_was_drawn_from(target: Mo
         assert int(logits.argmax()) == output[num_tokens - prompt_len - 1]
 
 
+@pytest.mark.usefixtures("heads")
 def test_another_kind_of_draft_is_left_to_its_own_proposer(target: ModelSource, folder: Path, tmp_path: Path) -> None:
     layers = write_draft(tmp_path / "layers", target, 1)
     assert load_proposer("heads", context_of(target, layers)) is None
