@@ -41,6 +41,9 @@ class Oracle:
     def seconds(self, num_sequences: int) -> float:
         return 0.0
 
+    def reading_seconds(self, sequence: Sequence) -> float:
+        return 0.0
+
     def propose(self, asks: Sequence_[Ask]) -> list[Draft]:
         return [self._propose_one(ask) for ask in asks]
 
@@ -76,6 +79,9 @@ class Confident:
         self.name = proposer.name
 
     def seconds(self, num_sequences: int) -> float:
+        return 0.0
+
+    def reading_seconds(self, sequence: Sequence) -> float:
         return 0.0
 
     def propose(self, asks: Sequence_[Ask]) -> list[Draft]:

@@ -136,7 +136,11 @@ class _Training:
         self._report = report
         own = [text for text in texts if not text.is_held_out]
         if len(own) in (0, len(texts)):
-            raise ConfigurationError("there are too few texts to train on some and test on others; raise --tokens")
+            raise ConfigurationError(
+                f"--tokens {options.num_tokens} makes {len(texts)} texts, {len(texts) - len(own)} of them held out: "
+                "too few to train on some and test on others. Their prompts decide which are, about one of 16. "
+                f"Try --tokens {4 * options.num_tokens}; what is written by now is kept."
+            )
         self._likeliest = partial(likeliest_ids, own, config.vocab_size)
         frozen = read_frozen(source, self._likeliest(options.head_size))
         course: Course[Any]

@@ -71,9 +71,19 @@ class PlainStep:
     num_sequences: int
     max_rows: int
 
+    @property
+    def seconds(self) -> float:
+        """Estimated, with what comes beside the model."""
+        return self.costs.whole(self.num_rows)
+
+    @property
+    def row_seconds(self) -> float:
+        """What one more row adds."""
+        return self.costs.step(self.num_rows + 1) - self.costs.step(self.num_rows)
+
     def lengths(self, chains: Sequence_[Chain], guessing: Callable[[int], float] = lambda _: 0.0) -> list[int]:
         """How much of each chain to compute in this step; `guessing` as in `choose_lengths`."""
-        longest = _LONGEST_STEP * self.costs.whole(self.num_rows)
+        longest = _LONGEST_STEP * self.seconds
 
         def seconds(num_guesses: int) -> float:
             num_rows = self.num_rows + num_guesses

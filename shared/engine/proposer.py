@@ -52,6 +52,10 @@ class Proposer(Protocol):
         """What one more token for each of so many sequences costs, estimated; 0 where guessing is as good as free."""
         ...
 
+    def reading_seconds(self, sequence: Sequence) -> float:
+        """What reading the tokens of a sequence that it has not seen takes before it guesses; 0 if next to nothing."""
+        ...
+
     def propose(self, asks: Sequence_[Ask]) -> list[Draft]:
         """One draft for each ask, empty where there is nothing to guess from."""
         ...

@@ -12,13 +12,16 @@ from shared.engine.acceptance import Acceptance
 from shared.engine.draft_lengths import Chain, PlainStep
 from shared.engine.proposer import NO_DRAFT, Ask, Draft, Proposer
 from shared.engine.sequence import Sequence
+from shared.engine.trials import Trials
 
 log = structlog.get_logger()
 
-_TRY_EVERY = 24
 _TRY_SEQUENCES = 4
 _TRY_TOKENS = 2
-"""Steps after which a proposer that is not worth its time is tried, and how much is asked of it then."""
+"""How much is asked of a proposer that is not worth its time, when it is tried."""
+
+_EXPECTED_TOKENS = 32
+"""An answer goes on for so many tokens, or for as many as it has, whatever is more: nobody knows when it will end."""
 
 
 @dataclass(slots=True)
@@ -38,7 +41,7 @@ class Member:
     counts: PositionCounts
     greedy: Acceptance = field(default_factory=Acceptance)
     sampled: Acceptance = field(default_factory=Acceptance)
-    num_untried: int = _TRY_EVERY - 1
+    trials: Trials = field(default_factory=Trials)
     has_failed: bool = False
 
     def acceptance(self, sequence: Sequence) -> Acceptance:
@@ -102,12 +105,21 @@ class ProposerStack:
         """Guesses for those sequences that somebody has one for, whether it is worth its rows or not."""
         guesses: dict[Sequence, Guess] = {}
         for member in self._members:
-            chosen = _affordable(member, [ask for ask in asks if _is_open(member, ask, guesses)], step)
-            if not chosen:
+            open_asks = [ask for ask in asks if _is_open(member, ask, guesses)]
+            if chosen := _affordable(member, open_asks, step):
+                member.trials.not_needed()
+                drafts, _ = self._drafts(member, chosen)
+            elif open_asks and member.trials.are_due(step.seconds):
+                chosen = [_small(ask) for ask in open_asks[:_TRY_SEQUENCES]]
+                drafts, seconds = self._drafts(member, chosen)
+                member.trials.made(seconds)
+            else:
                 continue
-            for ask, draft in zip(chosen, self._drafts(member, chosen), strict=True):
-                if draft.tokens:
-                    guesses[ask.sequence] = Guess(ask.sequence, draft, member)
+            guesses |= {
+                ask.sequence: Guess(ask.sequence, draft, member)
+                for ask, draft in zip(chosen, drafts, strict=True)
+                if draft.tokens
+            }
         return guesses
 
     def learn(self, guess: Guess, sampled: Sequence_[int]) -> None:
@@ -135,17 +147,19 @@ class ProposerStack:
             except Exception:
                 _retire(member)
 
-    def _drafts(self, member: Member, asks: list[Ask]) -> list[Draft]:
+    def _drafts(self, member: Member, asks: list[Ask]) -> tuple[list[Draft], float]:
+        """And the seconds that they took."""
         began = time.perf_counter()
         is_priced = member.proposer.seconds(len(asks)) > 0
         try:
             drafts = member.proposer.propose(asks)
         except Exception:
             _retire(member)
-            return [NO_DRAFT] * len(asks)
+            drafts = [NO_DRAFT] * len(asks)
+        seconds = time.perf_counter() - began
         if is_priced:
-            self.priced_s += time.perf_counter() - began
-        return drafts
+            self.priced_s += seconds
+        return drafts, seconds
 
 
 def _retire(member: Member) -> None:
@@ -166,18 +180,22 @@ def _affordable(member: Member, asks: list[Ask], step: PlainStep) -> list[Ask]:
     seconds = member.proposer.seconds
     if not asks or not seconds(len(asks)):
         return asks
+    asks = [ask for ask in asks if _is_worth_reading(member, ask, step)]
     chains = [Chain([member.typical(ask.sequence)] * ask.max_tokens) for ask in asks]
     lengths = step.lengths(chains, seconds)
-    if any(lengths):
-        member.num_untried = 0
-        return [replace(ask, max_tokens=length) for ask, length in zip(asks, lengths, strict=True) if length]
-    return _tried(member, asks)
+    return [replace(ask, max_tokens=length) for ask, length in zip(asks, lengths, strict=True) if length]
 
 
-def _tried(member: Member, asks: list[Ask]) -> list[Ask]:
-    """Now and then what does not pay is asked for all the same: else nobody would notice that it would pay now."""
-    member.num_untried += 1
-    if member.num_untried < _TRY_EVERY:
-        return []
-    member.num_untried = 0
-    return [replace(ask, max_tokens=min(_TRY_TOKENS, ask.max_tokens)) for ask in asks[:_TRY_SEQUENCES]]
+def _is_worth_reading(member: Member, ask: Ask, step: PlainStep) -> bool:
+    """Whether single guesses, as good as usual, will give back the time to read the sequence first."""
+    sequence = ask.sequence
+    reading = member.proposer.reading_seconds(sequence)
+    if not reading:
+        return True
+    num_left = min(sequence.params.max_tokens - sequence.num_output, max(_EXPECTED_TOKENS, sequence.num_output))
+    saved = member.typical(sequence) * step.seconds / step.num_sequences
+    return reading < num_left * (saved - member.proposer.seconds(1) - step.row_seconds)
+
+
+def _small(ask: Ask) -> Ask:
+    return replace(ask, max_tokens=min(_TRY_TOKENS, ask.max_tokens))

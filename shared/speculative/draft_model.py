@@ -20,10 +20,13 @@ from shared.kv.block_manager import BlockManager
 from shared.speculative.context import ProposerContext
 from shared.speculative.draft_vocabulary import DraftVocabulary
 from shared.speculative.drafts import open_layers
-from shared.speculative.pace import Pace
+from shared.speculative.pace import Pace, ReadingPace
 
 _CATCH_UP = 256
 """Known tokens computed for a sequence in one step at most: a long prompt is read over several."""
+
+_READING = 16
+"""Fewer tokens are not called reading: they are what the target sampled since, and take hardly longer than one."""
 
 
 class _Shadow:
@@ -68,10 +71,17 @@ class DraftModelProposer:
         self._blocks = BlockManager(runner.cache.num_blocks)
         self._shadows: dict[Sequence, _Shadow] = {}
         self._pace = Pace()
+        self._reading_pace = ReadingPace()
 
     def seconds(self, num_sequences: int) -> float:
         """As observed for the nearest number of sequences."""
         return self._pace.seconds(num_sequences)
+
+    def reading_seconds(self, sequence: Sequence) -> float:
+        """For tokens that are not in its cache; a few are always new."""
+        shadow = self._shadows.get(sequence)
+        num_unread = len(sequence.tokens) - (shadow.own.num_computed if shadow else 0)
+        return self._reading_pace.seconds(num_unread) if num_unread >= _READING else 0.0
 
     def propose(self, asks: Sequence_[Ask]) -> list[Draft]:
         shadows = [self._shadow(ask.sequence) for ask in asks]
@@ -108,8 +118,11 @@ class DraftModelProposer:
         self._runner.cache.zero(self._blocks.take_fresh())
         began = time.perf_counter()
         result = self._runner.run(build_step(plan, self._block_size), plan_draws(plan))
-        if all(item.num_tokens == 1 for item in plan):
-            self._pace.observe(len(plan), time.perf_counter() - began)
+        seconds, num_tokens = time.perf_counter() - began, sum(item.num_tokens for item in plan)
+        if num_tokens == len(plan):
+            self._pace.observe(len(plan), seconds)
+        elif num_tokens >= _READING * len(plan):
+            self._reading_pace.observe(num_tokens, seconds)
         row = 0
         for shadow, item in zip(shadows, plan, strict=True):
             shadow.own.num_computed += item.num_tokens

@@ -64,6 +64,9 @@ class HeadsProposer:
         """As observed for the nearest number of sequences."""
         return self._pace.seconds(num_sequences)
 
+    def reading_seconds(self, sequence: Sequence) -> float:
+        return 0.0
+
     def propose(self, asks: Sequence_[Ask]) -> list[Draft]:
         chains = [_Chain(ask) for ask in asks]
         known = [(chain, chain.ask.hidden) for chain in chains if chain.ask.hidden is not None]

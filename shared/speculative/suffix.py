@@ -37,6 +37,9 @@ class SuffixProposer:
     def seconds(self, num_sequences: int) -> float:
         return 0.0
 
+    def reading_seconds(self, sequence: Sequence) -> float:
+        return 0.0
+
     def propose(self, asks: Sequence_[Ask]) -> list[Draft]:
         return [self._propose_one(ask) for ask in asks]
 

@@ -158,6 +158,14 @@ def test_guessing_is_free_or_says_what_it_costs(name: str, make: Make) -> None:
     assert costs[0] >= 0.0
 
 
+def test_nothing_is_left_to_read_where_it_has_just_guessed(name: str, make: Make) -> None:
+    proposer = make(name)
+    [sequence] = repetitive(1)
+    assert proposer.reading_seconds(sequence) >= 0.0
+    proposer.propose([Ask(sequence, 2)])
+    assert proposer.reading_seconds(sequence) == 0.0
+
+
 def test_an_unknown_name_lists_the_known_ones(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=name):
         load_proposer("oracle", context_of(target_of(tmp_path), None))

@@ -336,6 +336,19 @@ def test_a_work_folder_of_another_run_is_refused(source: ModelSource, options: D
         distill(source, SETTINGS, replace(options, learning_rate=1e-4), nothing)
 
 
+def test_texts_that_are_too_few_to_hold_some_out_say_how_many_tokens_to_try(
+    source: ModelSource, options: DistillOptions
+) -> None:
+    asked_last = sorted((f"say {number}" for number in range(64)), key=lambda text: asked(text).is_held_out)
+    assert options.prompts
+    options.prompts.write_text("\n".join(asked_last))
+    few, steps = replace(options, num_tokens=2), list[Progress]()
+    with pytest.raises(ConfigurationError, match=r"--tokens 2 makes \d+ texts, 0 of them held out.*Try --tokens 8;"):
+        distill(source, SETTINGS, few, nothing)
+    distill(source, SETTINGS, options, steps.append)
+    assert next(step.done for step in steps if step.phase == WRITING) >= 2, "what was written is kept"
+
+
 def test_the_head_has_the_ids_the_target_expects_most(texts: list[Text]) -> None:
     mass = np.zeros(VOCAB)
     for text in texts:

@@ -270,6 +270,21 @@ def test_steps_of_the_draft_are_timed(target: ModelSource, draft: Path) -> None:
     assert 0.0 < proposer.seconds(1) <= proposer.seconds(8)
 
 
+def test_what_was_read_need_not_be_read_again(target: ModelSource, draft: Path) -> None:
+    proposer = proposer_of(target, draft)
+    short, long = make_sequence(tokens(15)), make_sequence(tokens(120))
+    assert proposer.reading_seconds(short) == 0.0
+    first = proposer.reading_seconds(long)
+    assert first > 0.0
+    assert proposer.reading_seconds(make_sequence(tokens(240))) == pytest.approx(2 * first)
+    proposer.propose([Ask(long, 2)])
+    assert proposer.reading_seconds(long) == 0.0
+    long.tokens += tokens(30)
+    assert proposer.reading_seconds(long) > 0.0
+    proposer.forget(long)
+    assert proposer.reading_seconds(long) > 0.0
+
+
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 

@@ -10,8 +10,10 @@ import pytest
 
 from shared.engine.acceptance import Acceptance
 from shared.engine.proposer import Ask, Draft
+from shared.engine.sequence import Sequence
 from shared.engine.speculation import Speculation
 from shared.engine.step_costs import StepCosts
+from shared.engine.trials import Trials
 from tests.engine_fakes import make_engine, make_sequence, run_to_end
 from tests.speculation_fakes import FixedCosts, NeverResting, Oracle
 
@@ -170,6 +172,64 @@ def test_who_is_too_dear_is_tried_now_and_then_and_used_once_it_pays() -> None:
     run_to_end(engine)
     assert len(oracle.asked) > tried
     assert engine.load().steps - before < 30, "forty tokens are left, and all guesses are right"
+
+
+def test_trials_take_a_hundredth_of_the_time() -> None:
+    trials, seconds = Trials(), 0.0
+    for _ in range(5000):
+        if trials.are_due(0.01):
+            trials.made(0.05)
+            seconds += 0.05
+    assert seconds == pytest.approx(0.01 * 5000 * 0.01, abs=0.05)
+
+
+def test_cheap_trials_are_some_steps_apart_and_begin_after_it_no_longer_pays() -> None:
+    trials = Trials()
+    due = []
+    for step in range(100):
+        if trials.are_due(0.01):
+            due.append(step)
+            trials.made(1e-6)
+    assert due == [0, 24, 48, 72, 96]
+    trials.not_needed()
+    assert not any(trials.are_due(0.01) for _ in range(23))
+    assert trials.are_due(0.01)
+
+
+class _Reading(_Priced):
+    """Guesses are cheap, but take a text that was read; `left` is how many tokens each sequence had left when asked."""
+
+    def __init__(self, reading: float) -> None:
+        super().__init__(0.01)
+        self.reading = reading
+        self.left: list[int] = []
+
+    def reading_seconds(self, sequence: Sequence) -> float:
+        return 0.0 if sequence in self._answers else self.reading
+
+    def propose(self, asks: Sequence_[Ask]) -> list[Draft]:
+        self.left += [ask.sequence.params.max_tokens - ask.sequence.num_output for ask in asks]
+        return super().propose(asks)
+
+
+@pytest.mark.parametrize(
+    ("reading", "max_tokens", "first_left"),
+    [(5.0, 200, 199), (5.0, 12, 11), (5.0, 6, None), (50.0, 30, None), (50.0, 400, range(190, 340))],
+    ids=["pays", "pays in ten tokens", "too short", "never", "once the answer is long"],
+)
+def test_a_text_is_read_only_if_its_guesses_can_give_that_time_back(
+    reading: float, max_tokens: int, first_left: int | range | None
+) -> None:
+    oracle = _Reading(reading)
+    speculation = Speculation((oracle,), {1: FixedCosts([1, 1000], [1.0, 1.001])}, max_rows=512)
+    speculation._stack._members[0].trials.made(1e9)
+    engine, _ = make_engine(num_blocks=200, speculation=speculation)
+    engine.add(make_sequence([5, 6, 7], max_tokens=max_tokens))
+    run_to_end(engine)
+    if first_left is None:
+        assert not oracle.asked
+    else:
+        assert oracle.left[0] in (first_left if isinstance(first_left, range) else (first_left,))
 
 
 class _Slow(_Priced):
