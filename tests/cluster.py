@@ -21,7 +21,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import redis
+
+from shared.bus.connection import as_text
 from shared.bus.embedded import EmbeddedServer
+from shared.protocol.codec import decode
+from shared.protocol.keys import Keys
+from shared.protocol.messages import WorkerBeat
 
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 20.0
@@ -134,6 +140,17 @@ class Cluster:
         result = subprocess.run(command, env=self._environment({}), capture_output=True, text=True, check=False)
         beats: list[dict[str, Any]] = json.loads(result.stdout) if result.returncode == 0 else []
         return beats
+
+    def busy(self, role: str) -> list[Process]:
+        """Processes of a role that own a request now; a heartbeat tells of it up to its interval later."""
+        pids: set[int] = set()
+        with redis.Redis.from_url(self.redis_url) as client:
+            for key in client.scan_iter(match="*:req:*"):
+                state, owner = (as_text(value or b"") for value in client.hmget(key, "state", "owner"))
+                beat = client.get(Keys("default").worker(owner.partition(":")[0])) if state == role and owner else None
+                if beat:
+                    pids.add(decode(WorkerBeat, beat).pid)
+        return [process for process in self.of_role(role) if process.pid in pids]
 
     def status(self, path: str) -> int:
         try:

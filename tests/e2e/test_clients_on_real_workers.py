@@ -69,7 +69,7 @@ def test_a_stop_string_cuts_the_text_and_ends_the_work(cluster: Cluster) -> None
 def test_a_client_that_leaves_frees_blocks_on_both_sides(cluster: Cluster, stream: bool) -> None:
     body = {"prompt": PROMPT * 3, "max_tokens": 900, "ignore_eos": True, "stream": stream}
     connection = open_stream(cluster, body)
-    cluster.wait_for(lambda: any(beat["running"] for beat in cluster.workers()), "the request to run", 20)
+    cluster.wait_for(lambda: bool(cluster.busy("prefill") or cluster.busy("decode")), "the request to run", 20)
     connection.sock.shutdown(socket.SHUT_RDWR)
     connection.close()
     wait_until_idle(cluster)

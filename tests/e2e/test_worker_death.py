@@ -70,16 +70,16 @@ class Reader(threading.Thread):
 
 
 def busy_worker(cluster: Cluster, role: str, keep_busy: Callable[[], None] = lambda: None) -> Process:
-    """The process of the worker that has a sequence running now; `keep_busy` is called before each look."""
-    found: list[int] = []
+    """The process of the worker that owns a request now; `keep_busy` is called before each look."""
+    found: list[Process] = []
 
     def look() -> bool:
         keep_busy()
-        found[:] = [beat["pid"] for beat in cluster.workers() if beat["role"] == role and beat["running"]]
+        found[:] = cluster.busy(role)
         return bool(found)
 
     cluster.wait_for(look, f"a busy {role} worker", 20)
-    return next(process for process in cluster.of_role(role) if process.pid == found[0])
+    return found[0]
 
 
 def test_the_stream_outlives_its_decode_worker(pair: Cluster, tiny_model: Path) -> None:

@@ -167,6 +167,15 @@ class FaultCluster:
     async def beat_of(self, slot: Slot) -> WorkerBeat | None:
         return next((beat for beat in await self.beats() if beat.pid == slot.pid), None)
 
+    async def owners(self, state: str) -> set[str]:
+        """Ids of the workers that own a request in `state` now; a heartbeat tells of it up to its interval later."""
+        owners: set[str] = set()
+        async for key in self.redis.client.scan_iter(match="*:req:*"):
+            held, owner = (as_text(value or b"") for value in await self.redis.client.hmget(key, "state", "owner"))
+            if held == state and owner:
+                owners.add(owner.partition(":")[0])
+        return owners
+
     async def ready(self, timeout_s: float = READY_TIMEOUT_S) -> None:
         """Until every running process is ready and every gateway says so."""
         await self.until(self._is_ready, "the cluster to be ready", timeout_s)
