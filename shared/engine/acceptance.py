@@ -11,6 +11,8 @@ _BIN_WEIGHT = 4.0
 _BIN_MEMORY = 0.995
 _REQUEST_WEIGHT = 4.0
 _REQUEST_MEMORY = 0.95
+_CHOSEN_WEIGHT = 8.0
+_CHOSEN_MEMORY = 0.99
 _MOST = 0.98
 """Never surer than this: a long run of hits says little of the next text."""
 
@@ -26,43 +28,59 @@ class _Tally:
         self.right = self.right * memory + right
         self.expected = self.expected * memory + expected
 
+    def replace_forgotten(self, weight: float, memory: float) -> None:
+        """With the first estimate, that all is as expected."""
+        self.right += (1 - memory) * weight
+        self.expected += (1 - memory) * weight
+
     @property
     def rate(self) -> float:
         return self.right / self.expected
 
 
 class Acceptance:
-    """One proposer's estimates. A request's own record bends those of its confidences up or down."""
+    """One proposer's estimates. A request's own record bends those of its confidences up or down.
+
+    What is computed was chosen because its estimate is high, and some of that is luck. How often it is right against
+    what was estimated lowers all estimates for a while, until fewer are chosen.
+    """
 
     def __init__(self) -> None:
         self._bins = [_Tally(_BIN_WEIGHT * (index + 0.5) / _NUM_BINS, _BIN_WEIGHT) for index in range(_NUM_BINS)]
         self._all = _Tally(0.5 * _BIN_WEIGHT, _BIN_WEIGHT)
+        self._chosen = _Tally(_CHOSEN_WEIGHT, _CHOSEN_WEIGHT)
         self._requests: dict[object, _Tally] = {}
 
     def chance(self, request: object, confidence: float) -> float:
         """The estimated probability that a guess of this confidence is what will be sampled."""
-        tally = self._requests.get(request)
-        bend = 1.0 if tally is None else tally.rate
-        return min(_MOST, self._bin(confidence).rate * bend)
+        return min(_MOST, self._estimate(request, self._bin(confidence)) * self._sobriety)
 
     def typical(self, request: object) -> float:
         """The chance of a guess that was not made yet."""
-        tally = self._requests.get(request)
-        bend = 1.0 if tally is None else tally.rate
-        return min(_MOST, self._all.rate * bend)
+        return min(_MOST, self._estimate(request, self._all) * self._sobriety)
 
-    def observe(self, request: object, confidence: float, *, is_right: bool) -> None:
+    def observe(self, request: object, confidence: float, *, is_right: bool, is_chosen: bool = False) -> None:
         """A guess was compared with what was sampled, all guesses before it having been right."""
+        estimate = self._estimate(request, self._bin(confidence))
+        self._chosen.observe(float(is_right and is_chosen), estimate if is_chosen else 0.0, _CHOSEN_MEMORY)
+        self._chosen.replace_forgotten(_CHOSEN_WEIGHT, _CHOSEN_MEMORY)
         expected = max(0.02, self._bin(confidence).rate)
         self._bin(confidence).observe(float(is_right), 1.0, _BIN_MEMORY)
         self._all.observe(float(is_right), 1.0, _BIN_MEMORY)
         tally = self._requests.setdefault(request, _Tally(_REQUEST_WEIGHT, _REQUEST_WEIGHT))
         tally.observe(float(is_right), expected, _REQUEST_MEMORY)
-        tally.right += (1 - _REQUEST_MEMORY) * _REQUEST_WEIGHT  # what is forgotten is replaced by the first estimate
-        tally.expected += (1 - _REQUEST_MEMORY) * _REQUEST_WEIGHT
+        tally.replace_forgotten(_REQUEST_WEIGHT, _REQUEST_MEMORY)
 
     def forget(self, request: object) -> None:
         self._requests.pop(request, None)
+
+    @property
+    def _sobriety(self) -> float:
+        return min(1.0, self._chosen.rate)
+
+    def _estimate(self, request: object, tally: _Tally) -> float:
+        own = self._requests.get(request)
+        return tally.rate * (1.0 if own is None else own.rate)
 
     def _bin(self, confidence: float) -> _Tally:
         return self._bins[min(_NUM_BINS - 1, int(confidence * _NUM_BINS))]

@@ -128,8 +128,9 @@ class ProposerStack:
         pairs = zip(guess.draft.tokens, guess.draft.confidences, sampled, strict=False)
         for place, (token, confidence, actual) in enumerate(pairs):
             is_right = token == actual
-            acceptance.observe(guess.sequence, confidence, is_right=is_right)
-            if place < guess.num_computed:
+            is_chosen = place < guess.num_computed
+            acceptance.observe(guess.sequence, confidence, is_right=is_right, is_chosen=is_chosen)
+            if is_chosen:
                 counts.accepted[place] += is_right
             if not is_right:
                 break

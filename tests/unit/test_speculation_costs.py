@@ -50,6 +50,33 @@ def test_nothing_is_ever_certain() -> None:
     assert acceptance.typical("r") < 1.0
 
 
+def test_what_is_chosen_and_wrong_too_often_lowers_all_chances_and_what_is_right_raises_none() -> None:
+    rng, lucky, unlucky = random.Random(3), Acceptance(), Acceptance()
+    for index in range(2000):  # 0.6 of all guesses are right; those that are chosen are the unlucky ones among them
+        is_chosen = index % 4 == 0
+        lucky.observe(index, 0.5, is_right=rng.random() < (0.9 if is_chosen else 0.5), is_chosen=is_chosen)
+        unlucky.observe(index, 0.5, is_right=rng.random() < (0.3 if is_chosen else 0.7), is_chosen=is_chosen)
+        lucky.forget(index)
+        unlucky.forget(index)
+    assert lucky.chance("new", 0.5) == pytest.approx(0.6, abs=0.12)
+    assert unlucky.chance("new", 0.5) == pytest.approx(0.3, abs=0.12)
+    assert unlucky.typical("new") == pytest.approx(0.3, abs=0.12)
+
+
+def test_chances_recover_while_nothing_is_chosen() -> None:
+    acceptance = Acceptance()
+    for index in range(400):
+        acceptance.observe(index, 0.5, is_right=False, is_chosen=index % 2 == 1)
+        acceptance.observe(index, 0.5, is_right=True)
+        acceptance.forget(index)
+    lowered = acceptance.chance("new", 0.5)
+    for index in range(1000):
+        acceptance.observe(index, 0.5, is_right=index % 3 > 0)
+        acceptance.forget(index)
+    assert lowered < 0.5
+    assert acceptance.chance("new", 0.5) == pytest.approx(2 / 3, abs=0.1)
+
+
 def test_costs_between_measured_sizes_and_beyond() -> None:
     costs = StepCosts([1, 2, 4], [1.0, 2.0, 3.0])
     assert [costs.step(rows) for rows in (1, 2, 3, 4, 8)] == [1.0, 2.0, 2.5, 3.0, 6.0]
