@@ -13,6 +13,8 @@ _REQUEST_WEIGHT = 4.0
 _REQUEST_MEMORY = 0.95
 _CHOSEN_WEIGHT = 8.0
 _CHOSEN_MEMORY = 0.99
+"""What is not computed fades the record too: it must recover where nothing is chosen any more."""
+
 _MOST = 0.98
 """Never surer than this: a long run of hits says little of the next text."""
 
@@ -53,11 +55,11 @@ class Acceptance:
 
     def chance(self, request: object, confidence: float) -> float:
         """The estimated probability that a guess of this confidence is what will be sampled."""
-        return min(_MOST, self._estimate(request, self._bin(confidence)) * self._sobriety)
+        return min(_MOST, self._estimate(request, self._bin(confidence)) * self._discount)
 
     def typical(self, request: object) -> float:
         """The chance of a guess that was not made yet."""
-        return min(_MOST, self._estimate(request, self._all) * self._sobriety)
+        return min(_MOST, self._estimate(request, self._all) * self._discount)
 
     def observe(self, request: object, confidence: float, *, is_right: bool, is_chosen: bool = False) -> None:
         """A guess was compared with what was sampled, all guesses before it having been right."""
@@ -75,7 +77,8 @@ class Acceptance:
         self._requests.pop(request, None)
 
     @property
-    def _sobriety(self) -> float:
+    def _discount(self) -> float:
+        """How often what was computed is right, against what was estimated of it; good luck raises nothing."""
         return min(1.0, self._chosen.rate)
 
     def _estimate(self, request: object, tally: _Tally) -> float:
