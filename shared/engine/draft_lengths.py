@@ -79,15 +79,19 @@ class PlainStep:
     @property
     def row_seconds(self) -> float:
         """What one more row adds."""
-        return self.costs.step(self.num_rows + 1) - self.costs.step(self.num_rows)
+        return self.costs.larger_step(self.num_rows + 1, self.num_rows) - self.costs.step(self.num_rows)
 
     def lengths(self, chains: Sequence_[Chain], guessing: Callable[[int], float] = lambda _: 0.0) -> list[int]:
         """How much of each chain to compute in this step; `guessing` as in `choose_lengths`."""
         longest = _LONGEST_STEP * self.seconds
 
         def seconds(num_guesses: int) -> float:
+            if not num_guesses:
+                return self.seconds
             num_rows = self.num_rows + num_guesses
-            whole = self.costs.whole(num_rows) if num_rows <= self.max_rows else float("inf")
+            if num_rows > self.max_rows:
+                return float("inf")
+            whole = self.costs.larger_step(num_rows, self.num_rows) + self.costs.beside
             return whole if whole <= longest else float("inf")
 
         return choose_lengths(chains, self.num_sequences, seconds, guessing)

@@ -48,15 +48,19 @@ class StepCosts:
 
     def step(self, num_rows: int) -> float:
         """Estimated seconds of a step of `num_rows` ≥ 1 rows in the model."""
-        own = self._own.get(num_rows)
-        if own is None:
-            return self._measured(num_rows) * self._all.value
-        share = own.weight / (own.weight + _OWN_WEIGHT)
-        return self._measured(num_rows) * (share * own.value + (1 - share) * self._all.value)
+        return self._measured(num_rows) * self._ratio(num_rows, usual=self._all.value)
 
     def whole(self, num_rows: int) -> float:
         """The same with what comes beside the model."""
         return self.step(num_rows) + self.beside
+
+    def larger_step(self, num_rows: int, than: int) -> float:
+        """Seconds in the model of a step that would run now in place of one of `than` < `num_rows` rows, and never less than that.
+
+        What disturbs the one would disturb the other: a size that was hardly seen goes by `than`, not by all sizes.
+        """
+        ratio = self._ratio(num_rows, usual=self._ratio(than, usual=self._all.value))
+        return max(self.step(than), self._measured(num_rows) * ratio)
 
     def observe_step(self, num_rows: int, seconds: float) -> None:
         """A step of so many rows, all of them sampled, took this long in the model."""
@@ -71,6 +75,14 @@ class StepCosts:
             return
         change = min(seconds, _OUTLIER * self.beside + 1e-3) - self.beside
         self.beside += change * (0.5 if seconds < _MUCH_LESS * self.beside else 1 - _MEMORY)
+
+    def _ratio(self, num_rows: int, usual: float) -> float:
+        """What steps of this size take of what was measured, by `usual` as far as they were hardly seen."""
+        own = self._own.get(num_rows)
+        if own is None:
+            return usual
+        share = own.weight / (own.weight + _OWN_WEIGHT)
+        return share * own.value + (1 - share) * usual
 
     def _measured(self, num_rows: int) -> float:
         rows, seconds = self._rows, self._seconds

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from shared.engine.acceptance import Acceptance
+from shared.engine.draft_lengths import Chain, PlainStep
 from shared.engine.proposer import Ask, Draft
 from shared.engine.sequence import Sequence
 from shared.engine.speculation import Speculation
@@ -96,6 +97,32 @@ def test_a_slower_machine_moves_all_sizes_and_one_wrong_size_is_mended() -> None
         costs.observe_step(1, 2.0)
         costs.observe_step(2, 2.4)
     assert costs.step(2) / costs.step(1) == pytest.approx(1.2, rel=0.2)
+
+
+def test_what_disturbs_the_steps_of_now_does_not_make_a_larger_one_look_cheaper() -> None:
+    costs = StepCosts([1, 32, 64], [1.0, 32.0, 64.0])
+    for _ in range(200):  # steps of 32 beside prefill, those of 1 by themselves
+        costs.observe_step(32, 64.0)
+        costs.observe_step(1, 1.0)
+    plain = costs.step(32)
+    assert costs.step(34) < plain, "by all sizes it would be cheaper"
+    assert costs.larger_step(34, 32) == pytest.approx(plain * 34 / 32)
+    assert PlainStep(costs, 32, 32, 64).row_seconds == pytest.approx(plain / 32)
+    for _ in range(100):
+        costs.observe_step(34, 80.0)
+    assert costs.larger_step(34, 32) == pytest.approx(80.0, rel=0.1), "what a size costs is learned"
+    for _ in range(100):
+        costs.observe_step(34, 30.0)
+    assert costs.larger_step(34, 32) == costs.step(32), "and never less than with fewer rows"
+
+
+def test_guesses_that_would_not_pay_are_not_computed_because_their_step_is_rare() -> None:
+    costs = StepCosts([1, 32, 64], [1.0, 32.0, 64.0])
+    for _ in range(200):
+        costs.observe_step(32, 64.0)
+        costs.observe_step(1, 1.0)
+    lengths = PlainStep(costs, 32, 32, 64).lengths([Chain([0.6])] * 4)
+    assert lengths == [0] * 4
 
 
 def test_what_comes_beside_the_model_is_paid_once() -> None:
