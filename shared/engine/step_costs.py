@@ -55,7 +55,7 @@ class StepCosts:
         return self.step(num_rows) + self.beside
 
     def larger_step(self, num_rows: int, than: int) -> float:
-        """Seconds in the model of a step that would run now in place of one of `than` < `num_rows` rows, and never less than that.
+        """Estimated seconds of a step that would run now in place of one of `than` < `num_rows` rows; never less.
 
         What disturbs the one would disturb the other: a size that was hardly seen goes by `than`, not by all sizes.
         """
