@@ -12,7 +12,7 @@ from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-ABI = 5
+ABI = 6
 """`SL_ABI` of the header this file mirrors."""
 
 
@@ -93,6 +93,15 @@ class CStep(Structure):
     ]
 
 
+class CChains(Structure):
+    _fields_ = [
+        ("first", POINTER(CStep)),
+        ("max_places", c_int32),
+        ("least_reach", c_float),
+        *((name, c_void_p) for name in ("num_places", "states", "reach", "tokens", "sureness")),
+    ]
+
+
 class Library:
     """The loaded functions. `best_isa` is what this processor can run."""
 
@@ -102,6 +111,7 @@ class Library:
         self._functions.sl_create.argtypes = [c_void_p, c_int32, c_int32]
         self._functions.sl_destroy.argtypes = [c_void_p]
         self._functions.sl_run.argtypes = [c_void_p, c_void_p]
+        self._functions.sl_guess.argtypes = [c_void_p, c_void_p]
         self._functions.sl_hidden.restype = c_void_p
         self._functions.sl_hidden.argtypes = [c_void_p]
         self._functions.sl_matmul.argtypes = [c_void_p, c_void_p, c_void_p, c_int32, c_void_p]
@@ -125,6 +135,11 @@ class Library:
         """Compute one step. Raises MemoryError."""
         if self._functions.sl_run(engine, ctypes.addressof(step)):
             raise MemoryError("no memory for the step's activations")
+
+    def guess(self, engine: int, chains: CChains) -> None:
+        """Make chains of guesses. Raises MemoryError."""
+        if self._functions.sl_guess(engine, ctypes.addressof(chains)):
+            raise MemoryError("no memory for the guesses' activations")
 
     def hidden(self, engine: int) -> int:
         """Address of the last step's hidden rows, float32 [num_tokens, hidden_size]. Raises MemoryError."""

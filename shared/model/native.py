@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import time
+from ctypes import Structure
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,6 +30,12 @@ _Anything = ctypes.c_char * 0
 def address(array: npt.NDArray[Any]) -> int:
     """Where a writable array's values lie, one after the other; a sixth of the time that `array.ctypes.data` takes."""
     return ctypes.addressof(_Anything.from_buffer(array))  # type: ignore[arg-type]  # numpy types no buffer
+
+
+def point(call: Structure, arrays: dict[str, npt.NDArray[Any]]) -> None:
+    """Let the fields of a C struct point to arrays, which must outlive the call."""
+    for name, array in arrays.items():
+        setattr(call, name, address(array))
 
 
 class Draws(Protocol):
@@ -125,18 +132,16 @@ class NativeDecoder:
     def run(
         self,
         step: RaggedStep,
-        kv: Tensor | None,
+        kv: Tensor,
         draws: Draws | None = None,
         *,
         threads: int = 0,
         cores: CCores | None = None,
-        states: F32 | None = None,
     ) -> tuple[F32, Int32, F32]:
         """Logits [len(logit_rows), vocab_size], the sampled ids (-1 where none was asked for), and the hidden rows.
 
         A draft has a logit for each token that it can say. Hidden rows [len(logit_rows), hidden_size] are those behind
-        the final norm, which the logits are made of. `states` [num_tokens, hidden_size] are what heads go on from;
-        where no layer has attention there is no `kv`.
+        the final norm, which the logits are made of.
 
         `threads` is how many of the decoder's threads compute this step, 0 for all; with `cores` it is their share,
         counted anew as a long step goes on. No number of threads changes a bit. The logits are overwritten by the
@@ -151,17 +156,11 @@ class NativeDecoder:
         arrays: dict[str, npt.NDArray[Any]] = {"logits": logits, "sampled": sampled, "hidden": hidden}
         for name in ("token_ids", "positions", "slots", "starts", "block_tables", "logit_rows"):
             arrays[name] = getattr(step, name)
-        if states is not None:
-            if states.shape != (len(step.token_ids), self.config.hidden_size) or states.dtype != np.float32:
-                raise ValueError(f"states are {states.dtype} {states.shape}, not float32 rows of the model's width")
-            arrays["states"] = states
         if draws is not None:
             arrays["sample"] = draws.ways
             arrays |= {name: getattr(draws, name) for name in DRAW_ARRAYS}
-        for name, array in arrays.items():
-            setattr(call, name, address(array))
-        if kv is not None:
-            call.kv, call.num_blocks = kv.data_ptr(), kv.shape[1]
+        point(call, arrays)
+        call.kv, call.num_blocks = kv.data_ptr(), kv.shape[1]
         call.cores = ctypes.addressof(cores) if cores else None
         began = time.thread_time()
         self._library.run(self._engine, call)

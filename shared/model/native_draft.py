@@ -9,8 +9,8 @@ from shared.kernels.library import CLayer, CModel, Library
 from shared.kernels.packing import Matrix
 from shared.kv.layout import KVLayout
 from shared.model.draft import FUSE, DraftSource
-from shared.model.draft_kind import DraftKind
 from shared.model.native import KV_DTYPES, NativeDecoder
+from shared.model.native_heads import NativeHeads
 from shared.model.native_weights import NativeLoader, NativeWeights
 from shared.model.registry import open_reader
 from shared.model.source import ModelSource
@@ -18,18 +18,32 @@ from shared.model.weight_names import weight_names
 from shared.model.weights import read_rotations
 
 
-def load_native_draft(
+def load_native_layers(
     draft: DraftSource, target: ModelSource, decoder: NativeDecoder, library: Library, layout: KVLayout, threads: int
 ) -> NativeDecoder:
-    """A draft of either kind as a decoder; heads are run with states and without a cache."""
+    """A draft of layers as a decoder; its first ones and the embedding are the target's."""
+    weights = _load(_DraftLoader, draft, target, decoder, layout)
+    return NativeDecoder(draft.config, weights, library, threads, decoder.isa)
+
+
+def load_native_heads(
+    draft: DraftSource, target: ModelSource, decoder: NativeDecoder, library: Library, layout: KVLayout, threads: int
+) -> NativeHeads:
+    """Heads on the target's rows; they have no cache."""
+    weights = _load(_HeadsLoader, draft, target, decoder, layout)
+    return NativeHeads(draft.config, weights, library, threads, decoder.isa)
+
+
+def _load(
+    kind: type[_DraftLoader], draft: DraftSource, target: ModelSource, decoder: NativeDecoder, layout: KVLayout
+) -> NativeWeights:
     names = weight_names(target.kind, target.config.architecture)
     reader = open_reader(target, names)
     rotations = read_rotations(reader, names, target.config)
     turns = None if rotations is None else torch.view_as_real(rotations).numpy()
     head = NativeLoader(reader, names, target.config, None).output_rows().rows(draft.head_ids.astype(np.int64))
-    loader = _LOADERS[draft.kind](draft, decoder.weights, head)
-    weights = loader.load(layout.block_size, KV_DTYPES[layout.dtype], turns, lambda _: None)
-    return NativeDecoder(draft.config, weights, library, threads, decoder.isa)
+    loader = kind(draft, decoder.weights, head)
+    return loader.load(layout.block_size, KV_DTYPES[layout.dtype], turns, lambda _: None)
 
 
 class _DraftLoader(NativeLoader):
@@ -63,6 +77,3 @@ class _HeadsLoader(_DraftLoader):
         super()._ends(model)
         size = self._config.hidden_size
         model.fuse = self._place(self._matrix(FUSE, size, 2 * size, transposed=False))
-
-
-_LOADERS = {DraftKind.LAYERS: _DraftLoader, DraftKind.HEADS: _HeadsLoader}

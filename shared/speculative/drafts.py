@@ -7,14 +7,15 @@ from pathlib import Path
 
 from shared.cores import core_share
 from shared.engine.runner import NativeRunner, Runner, TorchRunner
-from shared.kernels.library import load_library
+from shared.kernels.library import Library, load_library
 from shared.kv.cache import KVCache
+from shared.kv.layout import KVLayout
 from shared.model.decoder import Decoder
 from shared.model.draft import DraftSource, is_for, resolve_draft
 from shared.model.draft_kind import DraftKind
 from shared.model.language_model import LanguageModel
 from shared.model.native import NativeDecoder
-from shared.model.native_draft import load_native_draft
+from shared.model.native_draft import load_native_heads, load_native_layers
 from shared.model.source import ModelSource
 from shared.model.torch_draft import load_torch_heads, load_torch_layers
 from shared.speculative.context import ProposerContext
@@ -44,31 +45,36 @@ def open_layers(context: ProposerContext) -> tuple[Runner, DraftVocabulary] | No
     draft, target = context.draft, context.model
     if draft is None or draft.kind is not DraftKind.LAYERS:
         return None
-    layout = replace(context.layout, num_layers=draft.num_layers)
+    layout = _layout(draft, context)
     if isinstance(target, NativeDecoder):
-        cache = KVCache(layout, context.num_blocks)
-        return NativeRunner(_on_kernels(draft, context, target), cache, core_share()), _vocabulary(draft)
+        decoder = load_native_layers(draft, context.source, target, _library(), layout, target.num_threads)
+        return NativeRunner(decoder, KVCache(layout, context.num_blocks), core_share()), _vocabulary(draft)
     model = load_torch_layers(draft, context.source, _on_torch(target))
     device = str(target.device)
     return TorchRunner(model, KVCache(layout, context.num_blocks, device), device), _vocabulary(draft)
 
 
-def open_heads(context: ProposerContext) -> tuple[HeadsModel, DraftVocabulary] | None:
+def open_heads(context: ProposerContext) -> HeadsModel | None:
     """The worker's heads; None where its draft is of another kind."""
     draft, target = context.draft, context.model
     if draft is None or draft.kind is not DraftKind.HEADS:
         return None
     if isinstance(target, NativeDecoder):
-        return HeadsOnKernels(_on_kernels(draft, context, target), core_share()), _vocabulary(draft)
-    heads = load_torch_heads(draft, context.source, _on_torch(target))
-    return HeadsOnTorch(heads, target.device), _vocabulary(draft)
+        heads = load_native_heads(
+            draft, context.source, target, _library(), _layout(draft, context), target.num_threads
+        )
+        return HeadsOnKernels(heads, core_share())
+    return HeadsOnTorch(load_torch_heads(draft, context.source, _on_torch(target)), _vocabulary(draft), target.device)
 
 
-def _on_kernels(draft: DraftSource, context: ProposerContext, target: NativeDecoder) -> NativeDecoder:
+def _library() -> Library:
     library = load_library()
     assert library is not None, "the kernels compute the target"
-    layout = replace(context.layout, num_layers=draft.num_layers)
-    return load_native_draft(draft, context.source, target, library, layout, target.num_threads)
+    return library
+
+
+def _layout(draft: DraftSource, context: ProposerContext) -> KVLayout:
+    return replace(context.layout, num_layers=draft.num_layers)
 
 
 def _on_torch(target: LanguageModel) -> Decoder:

@@ -1,67 +1,79 @@
-"""Heads on the CPU kernels and on torch, as the proposer asks them: one more token behind each of some rows."""
+"""Heads on the CPU kernels and on torch, as the proposer asks them: more guesses for chains of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Sequence_
-from dataclasses import replace
-from functools import cache
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from shared.cores import CoreShare
-from shared.engine.draws import Draws
+from shared.engine.draws import plan_guesses
 from shared.engine.noise import F32
 from shared.engine.runner import place_of
-from shared.model.batch import Int32, RaggedStep
-from shared.model.native import NativeDecoder
+from shared.engine.sampler import is_adjusted
+from shared.model.native_heads import NativeHeads
 from shared.model.torch_draft import TorchHeads
+from shared.speculative.chains import LEAST_REACH, Chain
+from shared.speculative.draft_vocabulary import DraftVocabulary
 
 
 class HeadsModel(Protocol):
     """Keeps nothing from one call to the next."""
 
-    def run(self, tokens: Sequence_[int], states: F32, draws: Draws) -> tuple[F32, Int32, F32]:
-        """Logits [n, number of ids], the tokens drawn (-1 where none was) and the rows to go on from.
+    def extend(self, chains: Sequence_[Chain], states: F32) -> F32:
+        """Make the next guess of each chain, which all go on, or several; the rows to go on from behind them.
 
-        `states` [n, hidden_size] are the rows before the tokens. Logits may be overwritten by the next call.
+        `states` [len(chains), hidden_size] are the rows before the chains' last tokens. Raises ValueError for rows of
+        another width.
         """
         ...
 
 
 class HeadsOnKernels:
-    """Draws too, on the cores that the worker has."""
+    """Whole chains in one call, on the cores that the worker has."""
 
-    def __init__(self, model: NativeDecoder, share: CoreShare | None) -> None:
+    def __init__(self, model: NativeHeads, share: CoreShare | None) -> None:
         self._model = model
         self._share = share
         self._cores = None if share is None else place_of(share)
 
-    def run(self, tokens: Sequence_[int], states: F32, draws: Draws) -> tuple[F32, Int32, F32]:
-        step = replace(_rows(len(tokens)), token_ids=np.array(tokens, dtype=np.int32))
-        alone = len(tokens) == 1  # waking another thread takes as long as it would save
-        cores = None if alone else self._cores
-        return self._model.run(step, None, draws, threads=int(alone), cores=cores, states=states)
+    def extend(self, chains: Sequence_[Chain], states: F32) -> F32:
+        guesses = self._model.guess(
+            [chain.last for chain in chains],
+            states,
+            plan_guesses([(chain.ask.sequence, chain.tokens) for chain in chains]),
+            [_num_places(chain) for chain in chains],
+            [chain.reach for chain in chains],
+            least_reach=LEAST_REACH,
+            cores=self._cores,
+        )
+        for chain, tokens, sureness in zip(chains, guesses.tokens.tolist(), guesses.sureness.tolist(), strict=True):
+            count = tokens.index(-1) if -1 in tokens else len(tokens)
+            chain.extend(tokens[:count], sureness[:count])
+        return guesses.states
 
 
 class HeadsOnTorch:
-    """Leaves the draws to the caller."""
+    """A guess at a time, drawn by the sampler."""
 
-    def __init__(self, model: TorchHeads, device: torch.device) -> None:
+    def __init__(self, model: TorchHeads, vocabulary: DraftVocabulary, device: torch.device) -> None:
         self._model = model
+        self._vocabulary = vocabulary
         self._device = device
 
-    def run(self, tokens: Sequence_[int], states: F32, draws: Draws) -> tuple[F32, Int32, F32]:
-        ids = torch.tensor(tokens, device=self._device)
+    def extend(self, chains: Sequence_[Chain], states: F32) -> F32:
+        ids = torch.tensor([chain.last for chain in chains], device=self._device)
         rows = self._model.forward(torch.from_numpy(states).to(self._device), ids)
-        logits = self._model.logits(rows).cpu().numpy()
-        return logits, np.full(len(tokens), -1, dtype=np.int32), rows.float().cpu().numpy()
+        for chain, logits in zip(chains, self._model.logits(rows).cpu().numpy(), strict=True):
+            sequence = chain.ask.sequence
+            token = self._vocabulary.sample(logits, sequence.sample_input(sequence.choices[0], chain.tokens))
+            chain.extend([token], [self._vocabulary.confidence(logits, token)])
+        hidden: F32 = rows.float().cpu().numpy()
+        return hidden
 
 
-@cache
-def _rows(count: int) -> RaggedStep:
-    """Where rows stand makes no difference without attention."""
-    rows, nowhere = np.arange(count + 1, dtype=np.int32), np.zeros(count, dtype=np.int32)
-    slots, tables = np.zeros(count, dtype=np.int64), np.zeros((count, 1), dtype=np.int32)
-    return RaggedStep(nowhere, nowhere, slots, rows, tables, nowhere, rows[:-1].copy())
+def _num_places(chain: Chain) -> int:
+    """As many as are wanted; one where the guesses before it change more of a draw than its ordinal."""
+    sequence = chain.ask.sequence
+    return 1 if is_adjusted(sequence.params, sequence.num_output + len(chain.tokens)) else chain.num_left

@@ -68,6 +68,15 @@ int32_t sl_run(void* engine, const sl_step* step) {
     }
 }
 
+int32_t sl_guess(void* engine, const sl_chains* chains) {
+    Handle* handle = (Handle*)engine;
+    try {
+        return handle->kernels.guess(handle->engine, chains);
+    } catch (...) {
+        return -1;
+    }
+}
+
 const float* sl_hidden(void* engine) {
     Handle* handle = (Handle*)engine;
     return handle->kernels.hidden(handle->engine);

@@ -9,6 +9,7 @@ struct Kernels {
     void* (*create)(const sl_model*, int);
     void (*destroy)(void*);
     int (*run)(void*, const sl_step*);
+    int (*guess)(void*, const sl_chains*);
     const float* (*hidden)(void*);
     int (*matmul)(void*, const sl_matrix*, const float*, int, float*);
     void (*draw)(const sl_step*, int32_t);

@@ -11,7 +11,7 @@ extern "C" {
 #endif
 
 // Changes whenever the bits of a result or a struct below change; the loader refuses another number.
-#define SL_ABI 5
+#define SL_ABI 6
 
 // How a matrix is stored. Rows are outputs. Tiles of 16 rows lie one after the other; inside a tile, blocks of 32 inputs
 // (16 for SL_Q8_FLOAT16): 16 scales, 16 minima where the kind has them, then the quants, 4 inputs of each of 16 rows at a
@@ -113,6 +113,20 @@ typedef struct {
     float* hidden;                // [num_logit_rows][hidden_size], rows after the final norm, or null
 } sl_step;
 
+// Guesses behind each row of a step whose model has `fuse`, one after the other: each goes on from the row of the one before
+// it. `first` says what rows there are (each a sequence with logits), how they are drawn at their first place, and on which
+// threads. Ordinals count on from there; adjustments are those of the first place only.
+typedef struct {
+    const sl_step* first;
+    int32_t max_places;
+    float least_reach;            // a chain that is less likely right so far is not guessed on
+    const int32_t* num_places;    // [num_tokens], 1 to max_places
+    float* states;                // [num_tokens][hidden_size], the rows to go on from; when it returns, those behind the last guesses
+    float* reach;                 // [num_tokens], how likely a chain is right up to where it begins; when it returns, to where it ends
+    int32_t* tokens;              // [num_tokens][max_places]; -1 where nothing was guessed
+    float* sureness;              // [num_tokens][max_places], each guess's probability at temperature 1 and before filters
+} sl_chains;
+
 int32_t sl_abi(void);
 // A share of the cores: returns how many, and the number of the first; for tests.
 int32_t sl_share(const sl_cores* cores, uint64_t now_ns, int32_t* first);
@@ -120,6 +134,7 @@ int32_t sl_best_isa(void);                                              // what 
 void* sl_create(const sl_model* model, int32_t num_threads, int32_t isa);  // null when the isa cannot run here
 void sl_destroy(void* engine);
 int32_t sl_run(void* engine, const sl_step* step);                      // 0, or -1 when memory ran out
+int32_t sl_guess(void* engine, const sl_chains* chains);                // as sl_run
 // Hidden rows after the final norm of the last step, [num_tokens][hidden_size], or null when memory ran out; for tests.
 const float* sl_hidden(void* engine);
 // One product of float rows [num_rows][num_in] with a matrix, [num_rows][num_out]; for tests and benchmarks.

@@ -4,6 +4,7 @@
 // several; which thread computes what never matters for the result.
 #pragma once
 
+#include "chains.h"
 #include "cores.h"
 #include "finish.h"
 #include "kernels.h"
@@ -34,6 +35,12 @@ class Engine {
             if (is_long) team_.use(share(*step.cores));
             run_layers(work, first, first + leg);
         }
+        return 0;
+    }
+
+    int guess(const sl_chains& wanted) {
+        for (chains_.begin(m_, wanted); chains_.count(); chains_.advance())
+            if (run(chains_.place())) return -1;
         return 0;
     }
 
@@ -79,6 +86,7 @@ class Engine {
     Scratch scratch_;
     QuantBuffer test_rows_;
     Buffer normed_;
+    Chains chains_;
     const float* hidden_ = nullptr;  // of the last step
     int64_t num_rows_ = 0;
 };
@@ -87,6 +95,7 @@ inline slipstream::Kernels kernels() {
     return {[](const sl_model* model, int threads) -> void* { return new Engine(*model, threads); },
             [](void* engine) { delete (Engine*)engine; },
             [](void* engine, const sl_step* step) { return ((Engine*)engine)->run(*step); },
+            [](void* engine, const sl_chains* chains) { return ((Engine*)engine)->guess(*chains); },
             [](void* engine) { return ((Engine*)engine)->hidden(); },
             [](void* engine, const sl_matrix* matrix, const float* rows, int n, float* out) {
                 return ((Engine*)engine)->matmul(*matrix, rows, n, out);
