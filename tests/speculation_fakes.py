@@ -64,8 +64,15 @@ class Oracle:
         return (token + self._random.randrange(1, VOCAB)) % VOCAB
 
 
-class NeverResting(Patience):
-    """Every sequence is asked about in every step that looks for guesses."""
+class NeverPausing(Patience):
+    """Every step looks for guesses; those of the fakes take no longer than a look."""
+
+    def pauses(self) -> bool:
+        return False
+
+
+class NeverResting(NeverPausing):
+    """And every sequence is asked about."""
 
     def rests(self, sequence: Sequence) -> bool:
         return False
@@ -92,6 +99,8 @@ class Confident:
         self._proposer.forget(sequence)
 
 
-def always(oracle: Oracle, max_draft_tokens: int = 4) -> Speculation:
-    """Every guess goes into the step."""
-    return Speculation((oracle,), {1: FREE_ROWS}, max_rows=512, max_draft_tokens=max_draft_tokens)
+def always(*proposers: Proposer, max_draft_tokens: int = 4) -> Speculation:
+    """All are asked in every step, and every guess goes into it."""
+    return Speculation(
+        proposers, {1: FREE_ROWS}, max_rows=512, max_draft_tokens=max_draft_tokens, patience=NeverPausing()
+    )

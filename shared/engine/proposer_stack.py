@@ -101,6 +101,11 @@ class ProposerStack:
         """Nobody has guessed in this step yet."""
         self.priced_s = 0.0
 
+    def passed(self, seconds: float) -> None:
+        """A step took so long, whether anybody was asked or not."""
+        for member in self._members:
+            member.trials.passed(seconds)
+
     def guess(self, asks: Sequence_[Ask], step: PlainStep) -> dict[Sequence, Guess]:
         """Guesses for those sequences that somebody has one for, whether it is worth its rows or not."""
         guesses: dict[Sequence, Guess] = {}
@@ -109,7 +114,7 @@ class ProposerStack:
             if chosen := _affordable(member, open_asks, step):
                 member.trials.not_needed()
                 drafts, _ = self._drafts(member, chosen)
-            elif open_asks and member.trials.are_due(step.seconds):
+            elif open_asks and member.trials.are_due():
                 chosen = [_small(ask) for ask in open_asks[:_TRY_SEQUENCES]]
                 drafts, seconds = self._drafts(member, chosen)
                 member.trials.made(seconds)

@@ -10,6 +10,7 @@ Three things decide, each in its file: whether to look at all (`patience`), who 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field
 
@@ -69,18 +70,12 @@ class Speculation:
         self._num_steps += 1
         if self._num_steps % _REMEMBERED_STEPS == 0:
             self._payable.clear()
-        if not self._num_cores or self.patience.pauses(len(plan)):
+        if not self._num_cores or self.patience.pauses():
             return plan
-        num_rows = sum(item.num_tokens for item in plan)
-        step = PlainStep(self.tables[self._num_cores], num_rows, len(plan), self.max_rows)
-        if not self._can_pay(step):
-            return plan
-        self._guesses = self._look(plan, step)
-        if not self._guesses:
-            return plan
-        chains = [guess.chain for guess in self._guesses.values()]
-        lengths = dict(zip(self._guesses, step.lengths(chains), strict=True))
-        return [self._with_draft(item, lengths.get(item.sequence, 0), scheduler) for item in plan]
+        began = time.perf_counter()
+        extended = self._extended(plan, scheduler)
+        self.patience.looked(time.perf_counter() - began - self._stack.priced_s)
+        return extended
 
     def observe_beside(self, seconds: float) -> None:
         """So much passed between two steps' times in the model; what proposers name as their own time is not in it."""
@@ -89,6 +84,8 @@ class Speculation:
 
     def observe_step(self, plan: Sequence_[Scheduled], seconds: float) -> None:
         """A planned step took so long in the model; prompts' rows cost less than sampled ones and teach nothing."""
+        self.patience.passed(seconds)
+        self._stack.passed(seconds)
         if self._num_cores and all(item.num_tokens == 1 for item in plan):
             self.tables[self._num_cores].observe_step(sum(item.num_rows for item in plan), seconds)
 
@@ -111,6 +108,18 @@ class Speculation:
         self._hidden.pop(sequence, None)
         self.patience.forget(sequence)
         self._stack.forget(sequence)
+
+    def _extended(self, plan: list[Scheduled], scheduler: Scheduler) -> list[Scheduled]:
+        num_rows = sum(item.num_tokens for item in plan)
+        step = PlainStep(self.tables[self._num_cores], num_rows, len(plan), self.max_rows)
+        if not self._can_pay(step):
+            return plan
+        self._guesses = self._look(plan, step)
+        if not self._guesses:
+            return plan
+        chains = [guess.chain for guess in self._guesses.values()]
+        lengths = dict(zip(self._guesses, step.lengths(chains), strict=True))
+        return [self._with_draft(item, lengths.get(item.sequence, 0), scheduler) for item in plan]
 
     def _look(self, plan: list[Scheduled], step: PlainStep) -> dict[Sequence, Guess]:
         """Guesses for all sequences that they could be of use to; who gets none is left alone for a while."""

@@ -13,13 +13,16 @@ class Trials:
     """One proposer's. The first is due at once."""
 
     def __init__(self) -> None:
-        self._num_steps = _EVERY - 1
+        self._num_steps = _EVERY
         self._owed_s = 0.0
 
-    def are_due(self, step_s: float) -> bool:
-        """To be asked once in each step in which the proposer is not worth its time; the step takes about `step_s`."""
+    def passed(self, seconds: float) -> None:
+        """A step took so long, with the proposer or without."""
         self._num_steps += 1
-        self._owed_s -= _SHARE * step_s
+        self._owed_s -= _SHARE * seconds
+
+    def are_due(self) -> bool:
+        """To be asked where the proposer is not worth its time."""
         return self._num_steps >= _EVERY and self._owed_s <= 0.0
 
     def made(self, seconds: float) -> None:

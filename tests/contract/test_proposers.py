@@ -17,7 +17,7 @@ from shared.protocol.sampling import PROPOSER_NAMES
 from shared.speculative.registry import PROPOSERS, load_proposer
 from tests.drafts import best, context_of, target_of, write_draft, write_heads
 from tests.engine_fakes import VOCAB, expected_tokens, logits_for, make_engine, make_sequence, output_of, run_to_end
-from tests.speculation_fakes import FREE_ROWS, Confident
+from tests.speculation_fakes import Confident, always
 
 pytestmark = pytest.mark.parametrize("name", sorted(PROPOSERS))
 Make = Callable[[str], Proposer]
@@ -53,7 +53,7 @@ def repetitive(count: int) -> list[Sequence]:
 @pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
 @pytest.mark.parametrize("batch", [1, 8, 32])
 def test_tokens_are_those_without_it(name: str, make: Make, params: dict[str, Any], batch: int) -> None:
-    speculation = Speculation((Confident(make(name)),), {1: FREE_ROWS}, max_rows=512)
+    speculation = always(Confident(make(name)))
     engine, _ = make_engine(num_blocks=600, max_num_seqs=32, speculation=speculation)
     sequences = [
         make_sequence([5, 6, 7, 8] * (2 + index % 5), name=str(index), **({"max_tokens": 24, "seed": index} | params))
@@ -124,7 +124,7 @@ def drawn_with(speculation: Speculation, prompt: list[int], temperature: float) 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_what_is_sampled_has_the_targets_distribution(name: str, make: Make, temperature: float) -> None:
-    speculation = Speculation((Confident(make(name)),), {1: FREE_ROWS}, max_rows=512)
+    speculation = always(Confident(make(name)))
     counts = drawn_with(speculation, prompt := [5, 6, 7, 8, 5, 6, 7], temperature)
     assert speculation.totals()[0][0] > 0, "nothing was guessed"
     assert is_drawn_from(counts, distribution(prompt, PLACE, temperature))

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from shared.engine.speculation import Speculation
 from shared.speculative.registry import load_proposer
 from tests.drafts import context_of, engine_of, generate, target_of, write_draft, write_heads
-from tests.speculation_fakes import FREE_ROWS, Confident
+from tests.speculation_fakes import Confident, always
 
 pytestmark = pytest.mark.gpu
 
@@ -25,7 +24,7 @@ def test_tokens_are_those_without_a_draft(name: str, batch: int, temperature: fl
         write_draft(folder, target, target.config.num_layers)
     proposer = load_proposer(name, context_of(target, folder, "cuda"))
     assert proposer is not None
-    speculation = Speculation((Confident(proposer),), {1: FREE_ROWS}, max_rows=512, max_draft_tokens=4)
+    speculation = always(Confident(proposer), max_draft_tokens=4)
     guessed = generate(engine_of(target, speculation, on="cuda"), batch, temperature=temperature)
     assert guessed == generate(engine_of(target, None, on="cuda"), batch, temperature=temperature)
     drafted, accepted = speculation.totals()

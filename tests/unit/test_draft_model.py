@@ -41,7 +41,7 @@ from tests.drafts import (
 )
 from tests.engine_fakes import make_sequence, output_of, run_to_end
 from tests.model_checkpoints import VOCAB_SIZE, tokens
-from tests.speculation_fakes import FREE_ROWS
+from tests.speculation_fakes import always
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_on_torch_a_draft_of_the_whole_target_has_the_targets_logits(
 def test_tokens_are_those_without_a_draft(
     on: str, params: dict[str, Any], batch: int, target: ModelSource, draft: Path
 ) -> None:
-    speculation = Speculation((proposer_of(target, draft, on),), {1: FREE_ROWS}, max_rows=512, max_draft_tokens=4)
+    speculation = always(proposer_of(target, draft, on), max_draft_tokens=4)
     with_draft = generate(engine_of(target, speculation, on=on), batch, **params)
     assert with_draft == generate(engine_of(target, None, on=on), batch, **params)
     drafted, accepted = speculation.totals()
@@ -145,7 +145,7 @@ def test_tokens_are_those_without_a_draft(
 @EVERYWHERE
 def test_tokens_are_the_same_after_preemption(on: str, temperature: float, target: ModelSource, draft: Path) -> None:
     """The draft's own cache is left as it was, and goes on where the target comes back to."""
-    speculation = Speculation((proposer_of(target, draft, on),), {1: FREE_ROWS}, max_rows=512, max_draft_tokens=4)
+    speculation = always(proposer_of(target, draft, on), max_draft_tokens=4)
     small = engine_of(target, speculation, num_blocks=20, on=on)
     with_draft = generate(small, 16, temperature=temperature)
     assert small.load().preemptions > 0
@@ -155,7 +155,7 @@ def test_tokens_are_the_same_after_preemption(on: str, temperature: float, targe
 
 def test_tokens_are_those_without_a_draft_that_skips_layers(target: ModelSource, tmp_path: Path) -> None:
     skipping = write_draft(tmp_path, target, target.config.num_layers, exit_layer=1)
-    speculation = Speculation((proposer_of(target, skipping),), {1: FREE_ROWS}, max_rows=512, max_draft_tokens=4)
+    speculation = always(proposer_of(target, skipping), max_draft_tokens=4)
     assert generate(engine_of(target, speculation), 8, temperature=1.0) == generate(
         engine_of(target, None), 8, temperature=1.0
     )
@@ -165,7 +165,7 @@ def test_tokens_are_those_without_a_draft_that_skips_layers(target: ModelSource,
 
 def test_the_targets_noise_makes_a_draft_agree_at_temperature_one(target: ModelSource, draft: Path) -> None:
     """With noise of its own it would agree as seldom as two samples do."""
-    speculation = Speculation((proposer_of(target, draft),), {1: FREE_ROWS}, max_rows=512, max_draft_tokens=1)
+    speculation = always(proposer_of(target, draft), max_draft_tokens=1)
     generate(engine_of(target, speculation), 32, temperature=1.0, max_tokens=30)
     (drafted, *_), (accepted, *_) = speculation.totals()
     assert accepted / drafted > 0.5
@@ -200,7 +200,7 @@ def test_as_many_guesses_are_right_behind_a_hand_off_as_without_one(
     """The draft's cache is rebuilt from tokens, so it guesses the very same."""
     counts = []
     for run in (generate_with, handed_off):
-        speculation = Speculation((proposer_of(target, draft),), {1: FREE_ROWS}, max_rows=512, max_draft_tokens=4)
+        speculation = always(proposer_of(target, draft), max_draft_tokens=4)
         answers = run(target, speculation, 6, temperature=temperature)
         assert answers == generate(engine_of(target, None), 6, temperature=temperature)
         counts.append(speculation.totals())

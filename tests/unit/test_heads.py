@@ -20,7 +20,7 @@ from shared.speculative.registry import load_proposer
 from tests.drafts import PARAMS, context_of, engine_of, generate, target_of, write_draft, write_heads
 from tests.engine_fakes import make_sequence
 from tests.model_checkpoints import VOCAB_SIZE, tokens
-from tests.speculation_fakes import FREE_ROWS, Confident, NeverResting
+from tests.speculation_fakes import FREE_ROWS, Confident, NeverResting, always
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_rows_of_another_width_are_refused(proposer: HeadsProposer) -> None:
 def test_tokens_are_those_without_heads(
     params: dict[str, Any], batch: int, target: ModelSource, proposer: HeadsProposer, on: str
 ) -> None:
-    speculation = Speculation((Confident(proposer),), {1: FREE_ROWS}, max_rows=512, max_draft_tokens=4)
+    speculation = always(Confident(proposer), max_draft_tokens=4)
     with_heads = generate(engine_of(target, speculation, on=on), batch, **params)
     assert with_heads == generate(engine_of(target, None, on=on), batch, **params)
     drafted, accepted = speculation.totals()
@@ -146,7 +146,7 @@ def test_tokens_are_the_same_after_preemption(
     temperature: float, target: ModelSource, proposer: HeadsProposer, on: str
 ) -> None:
     """A sequence that was preempted is computed anew, and its last hidden row with it."""
-    speculation = Speculation((Confident(proposer),), {1: FREE_ROWS}, max_rows=512, max_draft_tokens=4)
+    speculation = always(Confident(proposer), max_draft_tokens=4)
     small = engine_of(target, speculation, num_blocks=20, on=on)
     with_heads = generate(small, 16, temperature=temperature)
     assert small.load().preemptions > 0

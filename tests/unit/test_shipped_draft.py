@@ -9,7 +9,6 @@ import pytest
 from shared.engine.engine import Engine
 from shared.engine.runner import NativeRunner
 from shared.engine.scheduler import SchedulerLimits
-from shared.engine.speculation import Speculation
 from shared.kv.cache import KVCache
 from shared.kv.layout import KVLayout
 from shared.model.draft import DraftSource
@@ -22,7 +21,7 @@ from shared.tokenizer.loader import load_tokenizer
 from tests.drafts import target_of
 from tests.engine_fakes import make_sequence, output_of, run_to_end
 from tests.native_models import native
-from tests.speculation_fakes import FREE_ROWS
+from tests.speculation_fakes import always
 
 MOST_BYTES = 16 << 20
 QUESTIONS = ("How do tides work?", "What should I cook for six friends?", "Why do cats purr?", "Who was Ada Lovelace?")
@@ -69,7 +68,7 @@ def test_it_guesses_right_where_the_model_answers_questions(
     answers = []
     for guessing in (False, True):
         proposer = load_proposer("heads", ProposerContext(source, model, layout, 64, draft)) if guessing else None
-        speculation = Speculation((proposer,), {1: FREE_ROWS}, 512, 3) if proposer else None
+        speculation = always(proposer, max_draft_tokens=3) if proposer else None
         engine = Engine(NativeRunner(model, KVCache(layout, 64)), SchedulerLimits(), speculation=speculation)
         sequences = []
         for index, question in enumerate(QUESTIONS):

@@ -16,7 +16,7 @@ from shared.engine.proposer_stack import ProposerStack
 from shared.engine.sequence import Sequence
 from shared.engine.speculation import Speculation
 from tests.engine_fakes import VOCAB, expected_tokens, make_engine, make_sequence, output_of, run_to_end
-from tests.speculation_fakes import FREE_ROWS, FixedCosts, Oracle, always
+from tests.speculation_fakes import FREE_ROWS, FixedCosts, NeverPausing, Oracle, always
 
 PROMPTS = [[1, 2, 3], [9], list(range(20)), [4, 4, 4, 4, 4, 4, 4], [7, 8], list(range(11, 40))]
 PARAMS: dict[str, dict[str, Any]] = {
@@ -98,7 +98,7 @@ class _Broken(Oracle):
 def test_a_proposer_that_fails_costs_its_guesses_and_nothing_else(num_calls: int) -> None:
     broken, other = _Broken(num_calls), Oracle(0.5)
     other.name = "other"
-    speculation = Speculation((broken, other), {1: FREE_ROWS}, max_rows=512)
+    speculation = always(broken, other)
     engine, _ = make_engine(speculation=speculation)
     sequences = sequences_of({"temperature": 1.0, "max_tokens": 20})
     for sequence in sequences:
@@ -125,7 +125,7 @@ class _Forgetful(Oracle):
 def test_a_proposer_that_fails_to_forget_is_told_nothing_more() -> None:
     broken, other = _Forgetful(), Oracle(0.5)
     other.name = "other"
-    engine, _ = make_engine(speculation=Speculation((broken, other), {1: FREE_ROWS}, max_rows=512))
+    engine, _ = make_engine(speculation=always(broken, other))
     sequences = sequences_of({"temperature": 1.0, "max_tokens": 20})
     for sequence in sequences:
         engine.add(sequence)
@@ -216,7 +216,7 @@ def test_preemption_and_departures_with_drafts(seed: int) -> None:
 
 
 def test_a_step_with_drafts_keeps_to_its_rows() -> None:
-    speculation = Speculation((Oracle(0.0),), {1: FREE_ROWS}, max_rows=8, max_draft_tokens=4)
+    speculation = Speculation((Oracle(0.0),), {1: FREE_ROWS}, max_rows=8, max_draft_tokens=4, patience=NeverPausing())
     engine, model = make_engine(max_num_batched_tokens=8, speculation=speculation)
     sequences = [make_sequence([i], name=str(i), max_tokens=10) for i in range(4)]
     for sequence in sequences:
@@ -243,6 +243,7 @@ def test_wrong_guesses_are_soon_not_computed_any_more_and_right_ones_come_back()
     costs = FixedCosts([1, 2, 3, 4, 5], [1.0, 1.4, 1.8, 2.2, 2.6])
     oracle = Oracle(1.0)
     speculation = Speculation((oracle,), {1: costs}, max_rows=512)
+    speculation.patience = NeverPausing()
     engine, _ = make_engine(num_blocks=200, speculation=speculation)
     sequence = make_sequence([1, 2, 3], max_tokens=600)
     engine.add(sequence)
