@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence as Sequence_
 
+from shared.engine.account import Account
 from shared.engine.patience import Patience
 from shared.engine.proposer import Ask, Draft, Proposer
 from shared.engine.sequence import Sequence
@@ -64,15 +65,15 @@ class Oracle:
         return (token + self._random.randrange(1, VOCAB)) % VOCAB
 
 
-class NeverPausing(Patience):
-    """Every step looks for guesses; those of the fakes take no longer than a look."""
+class Unlimited(Account):
+    """Guessing may take what it likes; steps of the fakes take no longer than a look."""
 
-    def pauses(self) -> bool:
+    def is_overdrawn(self) -> bool:
         return False
 
 
-class NeverResting(NeverPausing):
-    """And every sequence is asked about."""
+class NeverResting(Patience):
+    """Every sequence is asked about in every step."""
 
     def rests(self, sequence: Sequence) -> bool:
         return False
@@ -101,6 +102,4 @@ class Confident:
 
 def always(*proposers: Proposer, max_draft_tokens: int = 4) -> Speculation:
     """All are asked in every step, and every guess goes into it."""
-    return Speculation(
-        proposers, {1: FREE_ROWS}, max_rows=512, max_draft_tokens=max_draft_tokens, patience=NeverPausing()
-    )
+    return Speculation(proposers, {1: FREE_ROWS}, max_rows=512, max_draft_tokens=max_draft_tokens, account=Unlimited())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _NUM_BINS = 16
@@ -55,7 +56,13 @@ class Acceptance:
 
     def chance(self, request: object, confidence: float) -> float:
         """The estimated probability that a guess of this confidence is what will be sampled."""
-        return min(_MOST, self._estimate(request, self._bin(confidence)) * self._discount)
+        return self.chances(request, (confidence,))[0]
+
+    def chances(self, request: object, confidences: Sequence[float]) -> list[float]:
+        """Of the guesses of one draft, each given that those before are right."""
+        own = self._requests.get(request)
+        factor = self._discount if own is None else self._discount * own.rate
+        return [min(_MOST, self._bin(confidence).rate * factor) for confidence in confidences]
 
     def typical(self, request: object) -> float:
         """The chance of a guess that was not made yet."""

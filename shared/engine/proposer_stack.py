@@ -74,8 +74,7 @@ class Guess:
 
     @property
     def chain(self) -> Chain:
-        acceptance = self.member.acceptance(self.sequence)
-        return Chain([acceptance.chance(self.sequence, confidence) for confidence in self.draft.confidences])
+        return Chain(self.member.acceptance(self.sequence).chances(self.sequence, self.draft.confidences))
 
 
 class ProposerStack:

@@ -4,8 +4,8 @@ A guess that is right saves a step, a wrong one costs a row; both are estimated,
 what steps of this worker cost. Guesses are compared with what was sampled even where they were not computed, so that
 what is not worth its rows now goes on being judged.
 
-Three things decide, each in its file: whether to look at all (`patience`), who guesses and what that is worth
-(`proposer_stack`), and how much of it to compute (`draft_lengths`).
+Four things decide, each in its file: whether guessing has paid so far (`account`), which sequences are asked about
+(`patience`), who guesses and what that is worth (`proposer_stack`), and how much of it to compute (`draft_lengths`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import time
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field
 
-from shared.engine.draft_lengths import Chain, PlainStep
+from shared.engine.account import Account
+from shared.engine.draft_lengths import PlainStep
 from shared.engine.noise import F32
 from shared.engine.patience import Patience
 from shared.engine.proposer import Ask, Proposer
@@ -23,11 +24,11 @@ from shared.engine.scheduler import Scheduled, Scheduler
 from shared.engine.sequence import Sequence
 from shared.engine.step_costs import StepCosts
 
-_SUREST = 0.98
-"""What is not worth it with such chances is not worth asking for."""
+_REMEMBERED_STEPS = 16
+"""What steps of some size cost is worked out again after so many steps."""
 
-_REMEMBERED_STEPS = 512
-"""Whether guesses can pay in a step of some size is worked out again after so many steps: costs change."""
+_OUTLIER = 1.5
+"""A step with guesses so many times its estimate was disturbed by something else, which is not theirs to pay."""
 
 
 @dataclass(slots=True)
@@ -41,10 +42,14 @@ class Speculation:
     max_rows: int
     max_draft_tokens: int = 8
     patience: Patience = field(default_factory=Patience)
+    account: Account = field(default_factory=Account)
     _stack: ProposerStack = field(init=False)
     _guesses: dict[Sequence, Guess] = field(default_factory=dict)
     _hidden: dict[Sequence, F32] = field(default_factory=dict)
-    _payable: dict[tuple[int, int, int], bool] = field(default_factory=dict)
+    _plain_steps: dict[tuple[int, int, int], PlainStep] = field(default_factory=dict)
+    _step: PlainStep | None = None
+    """The one that guesses were looked for, where the account counts it: rows of prompts have other costs."""
+
     _num_cores: int = 0
     _num_steps: int = 0
 
@@ -69,12 +74,16 @@ class Speculation:
         self._num_cores = max((cores for cores in self.tables if cores <= num_cores), default=0)
         self._num_steps += 1
         if self._num_steps % _REMEMBERED_STEPS == 0:
-            self._payable.clear()
-        if not self._num_cores or self.patience.pauses():
+            self._plain_steps.clear()
+        self._step = None
+        if not self._num_cores or self.account.is_overdrawn():
             return plan
         began = time.perf_counter()
-        extended = self._extended(plan, scheduler)
-        self.patience.looked(time.perf_counter() - began - self._stack.priced_s)
+        step = self._plain_step(plan)
+        extended = self._with_guesses(plan, step, scheduler) if step.can_pay else plan
+        if _only_decodes(plan):
+            self._step = step
+            self.account.took(time.perf_counter() - began)
         return extended
 
     def observe_beside(self, seconds: float) -> None:
@@ -84,10 +93,15 @@ class Speculation:
 
     def observe_step(self, plan: Sequence_[Scheduled], seconds: float) -> None:
         """A planned step took so long in the model; prompts' rows cost less than sampled ones and teach nothing."""
-        self.patience.passed(seconds)
+        self.account.passed(seconds)
         self._stack.passed(seconds)
-        if self._num_cores and all(item.num_tokens == 1 for item in plan):
-            self.tables[self._num_cores].observe_step(sum(item.num_rows for item in plan), seconds)
+        if not self._num_cores or not _only_decodes(plan):
+            return
+        num_rows = sum(item.num_rows for item in plan)
+        self.tables[self._num_cores].observe_step(num_rows, seconds)
+        if self._step is not None and num_rows > self._step.num_rows:
+            expected = self._step.with_guesses(num_rows - self._step.num_rows)
+            self.account.took(min(seconds, _OUTLIER * expected) - self._step.model_seconds)
 
     def learn(self, item: Scheduled, sampled: Sequence_[int], hidden: F32) -> None:
         """Compare a sequence's guess with the tokens that were sampled in its place, the last of them from `hidden`."""
@@ -99,8 +113,8 @@ class Speculation:
             self.patience.helped(item.sequence)
         else:
             self.patience.missed(item.sequence)
-        if guess.num_computed and 2 * (len(sampled) - 1) >= guess.num_computed:
-            self.patience.found_use()
+        if self._step is not None:
+            self.account.gave((len(sampled) - 1) * self._step.token_seconds)
         self._stack.learn(guess, sampled)
 
     def forget(self, sequence: Sequence) -> None:
@@ -109,11 +123,13 @@ class Speculation:
         self.patience.forget(sequence)
         self._stack.forget(sequence)
 
-    def _extended(self, plan: list[Scheduled], scheduler: Scheduler) -> list[Scheduled]:
-        num_rows = sum(item.num_tokens for item in plan)
-        step = PlainStep(self.tables[self._num_cores], num_rows, len(plan), self.max_rows)
-        if not self._can_pay(step):
-            return plan
+    def _plain_step(self, plan: list[Scheduled]) -> PlainStep:
+        key = self._num_cores, sum(item.num_tokens for item in plan), len(plan)
+        if key not in self._plain_steps:
+            self._plain_steps[key] = PlainStep(self.tables[self._num_cores], key[1], key[2], self.max_rows)
+        return self._plain_steps[key]
+
+    def _with_guesses(self, plan: list[Scheduled], step: PlainStep, scheduler: Scheduler) -> list[Scheduled]:
         self._guesses = self._look(plan, step)
         if not self._guesses:
             return plan
@@ -143,14 +159,6 @@ class Speculation:
             return 0
         return min(self.max_draft_tokens, sequence.params.max_tokens - sequence.num_output - 1)
 
-    def _can_pay(self, step: PlainStep) -> bool:
-        """Whether the surest guesses of any length would: else nobody is asked."""
-        key = self._num_cores, step.num_rows, step.num_sequences
-        if key not in self._payable:
-            chains = [Chain([_SUREST] * self.max_draft_tokens)] * step.num_sequences
-            self._payable[key] = any(step.lengths(chains))
-        return self._payable[key]
-
     def _with_draft(self, item: Scheduled, length: int, scheduler: Scheduler) -> Scheduled:
         if not length:
             return item
@@ -158,3 +166,7 @@ class Speculation:
         item = scheduler.with_draft(item, guess.draft.tokens[:length])
         guess.num_computed = len(item.draft)
         return item
+
+
+def _only_decodes(plan: Sequence_[Scheduled]) -> bool:
+    return all(item.num_tokens == 1 for item in plan)

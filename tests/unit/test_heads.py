@@ -12,7 +12,6 @@ import torch
 from shared.distill.heads import Heads
 from shared.engine.proposer import Ask, Draft
 from shared.engine.sampler import SampleInput, sample
-from shared.engine.speculation import Speculation
 from shared.model.source import ModelSource
 from shared.speculative.draft_vocabulary import DraftVocabulary
 from shared.speculative.heads import HeadsProposer
@@ -20,7 +19,7 @@ from shared.speculative.registry import load_proposer
 from tests.drafts import PARAMS, context_of, engine_of, generate, target_of, write_draft, write_heads
 from tests.engine_fakes import make_sequence
 from tests.model_checkpoints import VOCAB_SIZE, tokens
-from tests.speculation_fakes import FREE_ROWS, Confident, NeverResting, always
+from tests.speculation_fakes import Confident, NeverResting, always
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +177,7 @@ class _Watching:
 def test_the_hidden_row_is_the_one_that_the_last_token_was_drawn_from(target: ModelSource) -> None:
     """The target's logits of that row have the last token as the best one."""
     watching = _Watching()
-    speculation = Speculation((watching,), {1: FREE_ROWS}, max_rows=512)  # type: ignore[arg-type]
+    speculation = always(watching)  # type: ignore[arg-type]
     speculation.patience = NeverResting()
     [output] = generate(engine_of(target, speculation), 1, temperature=0.0)
     prompt_len = 5

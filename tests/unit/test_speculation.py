@@ -16,7 +16,7 @@ from shared.engine.proposer_stack import ProposerStack
 from shared.engine.sequence import Sequence
 from shared.engine.speculation import Speculation
 from tests.engine_fakes import VOCAB, expected_tokens, make_engine, make_sequence, output_of, run_to_end
-from tests.speculation_fakes import FREE_ROWS, FixedCosts, NeverPausing, Oracle, always
+from tests.speculation_fakes import FREE_ROWS, FixedCosts, Oracle, Unlimited, always
 
 PROMPTS = [[1, 2, 3], [9], list(range(20)), [4, 4, 4, 4, 4, 4, 4], [7, 8], list(range(11, 40))]
 PARAMS: dict[str, dict[str, Any]] = {
@@ -216,7 +216,7 @@ def test_preemption_and_departures_with_drafts(seed: int) -> None:
 
 
 def test_a_step_with_drafts_keeps_to_its_rows() -> None:
-    speculation = Speculation((Oracle(0.0),), {1: FREE_ROWS}, max_rows=8, max_draft_tokens=4, patience=NeverPausing())
+    speculation = Speculation((Oracle(0.0),), {1: FREE_ROWS}, max_rows=8, max_draft_tokens=4, account=Unlimited())
     engine, model = make_engine(max_num_batched_tokens=8, speculation=speculation)
     sequences = [make_sequence([i], name=str(i), max_tokens=10) for i in range(4)]
     for sequence in sequences:
@@ -243,7 +243,7 @@ def test_wrong_guesses_are_soon_not_computed_any_more_and_right_ones_come_back()
     costs = FixedCosts([1, 2, 3, 4, 5], [1.0, 1.4, 1.8, 2.2, 2.6])
     oracle = Oracle(1.0)
     speculation = Speculation((oracle,), {1: costs}, max_rows=512)
-    speculation.patience = NeverPausing()
+    speculation.account = Unlimited()
     engine, _ = make_engine(num_blocks=200, speculation=speculation)
     sequence = make_sequence([1, 2, 3], max_tokens=600)
     engine.add(sequence)

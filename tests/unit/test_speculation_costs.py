@@ -9,15 +9,16 @@ from types import SimpleNamespace
 import pytest
 
 from shared.engine.acceptance import Acceptance
+from shared.engine.account import Account
 from shared.engine.draft_lengths import Chain, PlainStep
-from shared.engine.patience import Patience
 from shared.engine.proposer import Ask, Draft
+from shared.engine.scheduler import Scheduled
 from shared.engine.sequence import Sequence
 from shared.engine.speculation import Speculation
 from shared.engine.step_costs import StepCosts
 from shared.engine.trials import Trials
 from tests.engine_fakes import make_engine, make_sequence, run_to_end
-from tests.speculation_fakes import FixedCosts, NeverPausing, Oracle
+from tests.speculation_fakes import FixedCosts, Oracle, Unlimited
 
 
 def test_rates_are_learned_by_confidence() -> None:
@@ -212,9 +213,7 @@ class _Priced(Oracle):
 
 def test_who_is_too_dear_is_tried_now_and_then_and_used_once_it_pays() -> None:
     oracle = _Priced(1000.0)
-    speculation = Speculation(
-        (oracle,), {1: FixedCosts([1, 1000], [1.0, 1.001])}, max_rows=512, patience=NeverPausing()
-    )
+    speculation = Speculation((oracle,), {1: FixedCosts([1, 1000], [1.0, 1.001])}, max_rows=512, account=Unlimited())
     engine, _ = make_engine(num_blocks=200, speculation=speculation)
     sequences = [make_sequence([5, 6, 7], name=str(index), seed=index, max_tokens=100) for index in range(6)]
     for sequence in sequences:
@@ -282,9 +281,7 @@ def test_a_text_is_read_only_if_its_guesses_can_give_that_time_back(
     reading: float, max_tokens: int, first_left: int | range | None
 ) -> None:
     oracle = _Reading(reading)
-    speculation = Speculation(
-        (oracle,), {1: FixedCosts([1, 1000], [1.0, 1.001])}, max_rows=512, patience=NeverPausing()
-    )
+    speculation = Speculation((oracle,), {1: FixedCosts([1, 1000], [1.0, 1.001])}, max_rows=512, account=Unlimited())
     speculation._stack._members[0].trials.made(1e9)
     engine, _ = make_engine(num_blocks=200, speculation=speculation)
     engine.add(make_sequence([5, 6, 7], max_tokens=max_tokens))
@@ -326,53 +323,91 @@ def test_the_time_of_guessing_is_counted_once(price: float, beside: float, monke
     assert costs.noted == pytest.approx(beside)
 
 
-def share_of_looks(look_s: float, step_s: float, num_steps: int, useful_every: int = 0) -> float:
-    """Of the time of so many steps, what goes to looks; each of so many is of use."""
-    patience, looked = Patience(), 0
+STEP_S = 0.01
+
+
+def guessed_in(account: Account, took: float, gave: float = 0.0, num_steps: int = 5000) -> int:
+    """In how many of so many steps guessing was let in, which took and gave so much in each."""
+    guessed = 0
     for _ in range(num_steps):
-        if not patience.pauses():
-            patience.looked(look_s)
-            looked += 1
-            if useful_every and looked % useful_every == 0:
-                patience.found_use()
-        patience.passed(step_s)
-    return looked * look_s / (num_steps * step_s)
+        if not account.is_overdrawn():
+            guessed += 1
+            account.took(took)
+            account.gave(gave)
+        account.passed(STEP_S)
+    return guessed
 
 
-@pytest.mark.parametrize("look_s", [0.0001, 0.0004, 0.001])
-def test_looking_in_vain_takes_a_two_hundredth_of_the_time(look_s: float) -> None:
-    assert 0.0045 <= share_of_looks(look_s, 0.01, 5000) <= 0.0055 + 8 * look_s / 50
+@pytest.mark.parametrize("took", [0.0001, 0.0004, 0.001])
+def test_guessing_that_gives_nothing_takes_a_two_hundredth_of_the_time(took: float) -> None:
+    share = guessed_in(Account(), took) * took / (5000 * STEP_S)
+    assert 0.0045 <= share <= 0.0055
 
 
-def test_looks_that_are_of_use_now_and_then_are_not_counted() -> None:
-    assert share_of_looks(0.0004, 0.01, 1000, useful_every=8) == pytest.approx(0.04)
+@pytest.mark.parametrize("gave", [0.0006, 0.0019])
+def test_what_gives_less_than_it_takes_loses_no_more(gave: float) -> None:
+    """However good the chances look that it is chosen by."""
+    lost = guessed_in(Account(), 0.002, gave) * (0.002 - gave) / (5000 * STEP_S)
+    assert 0.002 <= lost <= 0.0055
 
 
-def test_a_look_that_was_disturbed_does_not_end_all_others() -> None:
-    patience = Patience()
-    for _ in range(9):
-        patience.passed(0.01)
-        patience.looked(1e-6)
-    patience.looked(5.0)
+def test_what_pays_is_never_held_up() -> None:
+    assert guessed_in(Account(), 0.0005, 0.0006) == 5000
+
+
+def test_what_was_gained_lets_a_step_s_time_be_lost_and_no_more() -> None:
+    account = Account()
+    guessed_in(account, 0.0, 1.0, num_steps=100)
+    before_a_pause = 0
+    while not account.is_overdrawn():
+        account.took(0.0005)
+        before_a_pause += 1
+    assert 20 <= before_a_pause <= 23
+
+
+def test_one_step_that_was_disturbed_does_not_end_guessing() -> None:
+    account = Account()
+    account.passed(STEP_S)
+    assert not account.is_overdrawn()
+    account.took(5.0)
     paused = 0
-    while patience.pauses():
+    while account.is_overdrawn():
         paused += 1
-        patience.passed(0.01)
+        account.passed(STEP_S)
     assert 31 <= paused <= 33
 
 
-class _LongerSteps(Patience):
-    """Says that steps take 5 ms: the fakes' take no longer than a look."""
+class _Timed(Speculation):
+    """Sees steps that take a second and `row_seconds` for each guess in them."""
 
-    def passed(self, seconds: float) -> None:
-        super().passed(0.005)
+    row_seconds = 0.1
+
+    def observe_step(self, plan: Sequence_[Scheduled], seconds: float) -> None:
+        super().observe_step(plan, 1.0 + self.row_seconds * sum(len(item.draft) for item in plan))
+
+
+def timed(oracle: Oracle) -> _Timed:
+    """With a table by which a guess takes a tenth of a step."""
+    return _Timed((oracle,), {1: FixedCosts([1, 1000], [1.0, 1.0 + 99.9])}, max_rows=512)
+
+
+@pytest.mark.parametrize(("row_seconds", "least", "most"), [(0.1, 90, 200), (1.2, 1, 25)], ids=["as said", "dearer"])
+def test_rows_that_are_dearer_than_they_are_said_to_be_are_noticed(row_seconds: float, least: int, most: int) -> None:
+    """Every guess looks worth its row; the account sees whether it is."""
+    oracle = Oracle(0.5)
+    speculation = timed(oracle)
+    speculation.row_seconds = row_seconds
+    engine, _ = make_engine(num_blocks=400, speculation=speculation)
+    engine.add(make_sequence([5, 6, 7], max_tokens=1000))
+    for _ in range(200):
+        engine.step()
+    assert least <= speculation.counts["oracle"].drafted[0] <= most
 
 
 def test_what_becomes_right_is_noticed_after_a_long_time_in_vain() -> None:
     oracle = _Priced(0.0)
     oracle.wrong = 1.0
-    speculation = Speculation((oracle,), {1: FixedCosts([1, 1000], [10.1, 110.0])}, max_rows=512)
-    speculation.patience = _LongerSteps()
+    speculation = timed(oracle)
     engine, _ = make_engine(num_blocks=1000, speculation=speculation)
     sequences = [make_sequence([5, 6, 7], name=str(index), seed=index, max_tokens=280) for index in range(8)]
     for sequence in sequences:

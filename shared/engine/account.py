@@ -1,0 +1,45 @@
+"""What guessing has taken and what it has given: in debt it pauses, until a share of the time has paid for it."""
+
+from __future__ import annotations
+
+import math
+
+_SHARE = 0.005
+"""Of all time may go to guesses that give nothing back."""
+
+_CREDIT_STEPS = 1.0
+"""So much is kept of what was gained: texts that repeat themselves do so with breaks."""
+
+_MOST_SELDOM = 32
+"""Steps of a pause, at most: no debt, be it of a step that something disturbed, ends guessing for good."""
+
+
+class Account:
+    """One worker's. The estimates that guesses are chosen by may be wrong; this one counts what came of them.
+
+    The first step is free. Seconds throughout.
+    """
+
+    def __init__(self) -> None:
+        self._balance = math.inf
+        self._step = 0.0
+
+    def is_overdrawn(self) -> bool:
+        """Whether a step that begins goes without guesses."""
+        if self._step:
+            self._balance = max(self._balance, -_MOST_SELDOM * _SHARE * self._step)
+            self._balance = min(self._balance, _CREDIT_STEPS * self._step)
+        return self._balance < 0.0
+
+    def passed(self, seconds: float) -> None:
+        """A step took so long, with guesses or without."""
+        self._step = seconds
+        self._balance += _SHARE * seconds
+
+    def took(self, seconds: float) -> None:
+        """Looking for guesses, making them, or computing them beside what a step computes anyway."""
+        self._balance -= seconds
+
+    def gave(self, seconds: float) -> None:
+        """As long the tokens that were guessed right would have taken."""
+        self._balance += seconds
