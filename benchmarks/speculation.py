@@ -9,6 +9,11 @@ with requests that forbid it, which says what a ratio of 1 looks like here. So m
 another until all requests are through, greedy or sampled with a seed; the three answers to a request must be equal.
 The tables over all kinds of prompts compare with the other server and with the same one. `--tables FILE` prints those
 of a raw file.
+
+Two speeds are taken of each load: while all streams are busy, which is what so many streams at once means, and of the
+whole load with its end, when there is nothing left to begin. Without guesses all answers, of one length, end together;
+with them some end early, and the last ones run in small steps with the machine to themselves. So the end of a short
+load makes guesses look slower than they are for streams that go on.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -35,7 +41,7 @@ from shared.model.source import resolve
 from shared.tokenizer.codec import TextCodec
 from shared.tokenizer.loader import load_tokenizer
 
-STREAMS = {1: 3, 4: 8, 8: 16, 16: 32, 32: 48}
+STREAMS = {1: 5, 4: 12, 8: 24, 16: 48, 32: 64}
 """Streams at once, and requests of a measurement."""
 
 TEMPERATURES = (0.0, 1.0)
@@ -47,16 +53,31 @@ SETTLE_S = 8.0
 """After the start, in which workers measure what their steps cost."""
 
 WITHOUT, WITH, OFF = "without", "with", "forbidden"
+BUSY = "busy"
+"""Where a measurement has the speeds while all streams were busy."""
+
 FORBIDDING = {"speculation": "none", "cache_salt": OFF}
 """The salt keeps prompts of one load from being found computed by the other."""
 
 PORT = 18970
 
 
-async def generate(
-    session: aiohttp.ClientSession, url: str, prompt: list[int], fields: dict[str, Any]
-) -> tuple[str, int]:
-    """Text and number of tokens of one streamed answer. Raises RuntimeError when it fails."""
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One streamed answer; `arrivals` are the times at which there were so many characters of it."""
+
+    text: str
+    num_tokens: int
+    arrivals: list[tuple[float, int]]
+
+    def tokens_until(self, time_s: float) -> float:
+        """Tokens that had come by then, taken to be in proportion to the characters."""
+        come = max((length for when, length in self.arrivals if when <= time_s), default=0)
+        return self.num_tokens * come / max(1, len(self.text))
+
+
+async def generate(session: aiohttp.ClientSession, url: str, prompt: list[int], fields: dict[str, Any]) -> Answer:
+    """Raises RuntimeError when it fails."""
     body = {
         "model": "smollm2",
         "prompt": prompt,
@@ -66,7 +87,7 @@ async def generate(
         "stream_options": {"include_usage": True},
         **fields,
     }
-    parser, text, num_tokens = EventParser(), "", 0
+    parser, text, num_tokens, arrivals = EventParser(), "", 0, list[tuple[float, int]]()
     async with session.post(f"{url}/v1/completions", json=body) as response:
         if response.status != 200:
             raise RuntimeError(f"HTTP {response.status}: {(await response.text())[:300]}")
@@ -75,27 +96,46 @@ async def generate(
             for event in parser.feed(data) if data else parser.end():
                 text += "".join(choice.get("text") or "" for choice in event.get("choices", ()))
                 num_tokens = (event.get("usage") or {}).get("completion_tokens", num_tokens)
+            arrivals.append((time.perf_counter(), len(text)))
             if not data and not parser.is_done:
                 raise RuntimeError("the stream broke off")
-    return text, num_tokens
+    return Answer(text, num_tokens, arrivals)
 
 
-async def load(
-    url: str, prompts: Sequence[list[int]], streams: int, fields: dict[str, Any]
-) -> tuple[float, list[tuple[str, int]]]:
-    """Output tokens per second, and what was answered; `fields` are those that all requests have beside their seeds."""
-    answers = [("", 0) for _ in prompts]
+@dataclass(frozen=True, slots=True)
+class Load:
+    """All answers of a load, and when it began, when the first stream had no more to do, and when all were through."""
+
+    answers: list[Answer]
+    began: float
+    first_idle: float
+    ended: float
+
+    @property
+    def speed(self) -> float:
+        """Output tokens per second of the whole load."""
+        return sum(answer.num_tokens for answer in self.answers) / (self.ended - self.began)
+
+    @property
+    def busy_speed(self) -> float:
+        """The same while all streams were busy."""
+        return sum(answer.tokens_until(self.first_idle) for answer in self.answers) / (self.first_idle - self.began)
+
+
+async def load(url: str, prompts: Sequence[list[int]], streams: int, fields: dict[str, Any]) -> Load:
+    """Each stream begins with the next prompt once its answer is through; `fields` are those of all requests."""
+    answers, idle = dict[int, Answer](), list[float]()
     waiting = iter(range(len(prompts)))
 
     async def stream(session: aiohttp.ClientSession) -> None:
         for index in waiting:
             answers[index] = await generate(session, url, prompts[index], fields | {"seed": index})
+        idle.append(time.perf_counter())
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         began = time.perf_counter()
         await asyncio.gather(*(stream(session) for _ in range(streams)))
-        seconds = time.perf_counter() - began
-    return sum(num_tokens for _, num_tokens in answers) / seconds, answers
+    return Load([answers[index] for index in range(len(prompts))], began, min(idle), max(idle))
 
 
 def measure(codec: TextCodec, kind: str, streams: int, temperature: float, number: int, first: int) -> dict[str, Any]:
@@ -104,11 +144,14 @@ def measure(codec: TextCodec, kind: str, streams: int, temperature: float, numbe
     prompts = [codec.encode_chat(codec.template.render([{"role": "user", "content": text}])) for text in texts]
     found: dict[str, Any] = {"kind": kind, "streams": streams, "temperature": temperature, "round": number}
     ways = {WITHOUT: (PORT, {}), WITH: (PORT + 1, {}), OFF: (PORT + 1, FORBIDDING)}
-    answers = {}
+    texts_by_way = {}
     for name, (port, fields) in itertools.islice(itertools.cycle(ways.items()), number % 3, number % 3 + 3):
         loading = load(f"http://127.0.0.1:{port}", prompts, streams, {"temperature": temperature, **fields})
-        found[name], answers[name] = asyncio.run(loading)
-    if any(answer != answers[WITHOUT] for answer in answers.values()):
+        loaded = asyncio.run(loading)
+        found[name] = loaded.speed
+        found.setdefault(BUSY, {})[name] = loaded.busy_speed
+        texts_by_way[name] = [(answer.text, answer.num_tokens) for answer in loaded.answers]
+    if any(answers != texts_by_way[WITHOUT] for answers in texts_by_way.values()):
         raise RuntimeError(f"{kind}, {streams} streams: the answers differ")
     return found
 
@@ -145,9 +188,21 @@ def render_over_kinds(results: Sequence[dict[str, Any]], other: str) -> str:
 
 
 def tables_of(results: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """By their names in the raw file."""
+    """By their names in the raw file; those of busy streams where they were taken."""
+    tables = _tables(results)
+    if all(BUSY in result for result in results):
+        busy = _tables([result | result[BUSY] for result in results])
+        tables = {f"{name}, {BUSY}": table for name, table in busy.items()} | tables
+    return tables
+
+
+def _tables(results: Sequence[dict[str, Any]]) -> dict[str, str]:
     cells = {name: render(results, name) for name in (WITH, OFF)}
     return cells | {f"against {other}": render_over_kinds(results, other) for other in (WITHOUT, OFF)}
+
+
+def printed(tables: dict[str, str]) -> str:
+    return "\n\n".join(f"{name}:\n\n{table}" for name, table in tables.items())
 
 
 def main() -> None:
@@ -162,7 +217,7 @@ def main() -> None:
     parser.add_argument("--tables", type=Path, help="measure nothing: print the tables of this raw file")
     options = parser.parse_args()
     if options.tables:
-        print("\n\n".join(tables_of(json.loads(options.tables.read_text())["runs"]).values()))
+        print(printed(tables_of(json.loads(options.tables.read_text())["runs"])))
         return
     codec, results = load_tokenizer(resolve("smollm2")), list[dict[str, Any]]()
     flags = ("--draft", options.draft) if options.draft else ()
@@ -179,7 +234,7 @@ def main() -> None:
         tables = tables_of(results)
         write_raw(options.out, results, **{name: table.splitlines() for name, table in tables.items()})
         print(f"round {number + 1} of {options.rounds} done", file=sys.stderr, flush=True)
-    print("\n\n".join(tables_of(results).values()))
+    print(printed(tables_of(results)))
 
 
 if __name__ == "__main__":

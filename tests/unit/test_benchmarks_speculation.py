@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.speculation import PROMPTS_OF_A_ROUND, tables_of
+from benchmarks.speculation import PROMPTS_OF_A_ROUND, Answer, Load, tables_of
 from benchmarks.speculation_prompts import KINDS
 
 
@@ -36,6 +36,22 @@ def test_ratios_by_cell_and_over_kinds() -> None:
     assert tables["against without"] == ["| T = 1 | 1.584 ± 0.626 (4) | 1.000 ± 0.693 (2) |"]
     # (2 · 3 · 0.5 · 0.5)^(1/4), 0.932 / 2
     assert tables["against forbidden"] == ["| T = 1 | 1.107 ± 0.516 (4) | 1.000 ± 0.693 (2) |"]
+
+
+def test_busy_streams_have_tables_of_their_own() -> None:
+    runs = [run("chat", 4, 50.0, 40.0, 50.0) | {"busy": {"without": 60.0, "with": 90.0, "forbidden": 60.0}}]
+    tables = {name: table.splitlines()[2:] for name, table in tables_of(runs).items()}
+    assert tables["with, busy"] == ["| chat, T = 1 | 1.50 [1.50-1.50], 90 |"]
+    assert tables["with"] == ["| chat, T = 1 | 0.80 [0.80-0.80], 40 |"]
+    assert list(tables_of([*runs, run("chat", 4, 1.0, 1.0, 1.0)])) == [name for name in tables if "busy" not in name]
+
+
+def test_streams_are_busy_until_one_has_nothing_left_to_begin() -> None:
+    whole = Answer("abcdef", 3, [(1.0, 2), (2.0, 6)])
+    late = Answer("abcdefgh", 4, [(1.5, 2), (2.5, 4), (3.5, 8)])
+    loaded = Load([whole, late], began=0.0, first_idle=2.0, ended=3.5)
+    assert loaded.speed == pytest.approx(7 / 3.5)
+    assert loaded.busy_speed == pytest.approx((3 + 4 * 2 / 8) / 2.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
