@@ -24,7 +24,7 @@ from shared.engine.scheduler import Scheduled, Scheduler
 from shared.engine.sequence import Sequence
 from shared.engine.step_costs import StepCosts
 
-_REMEMBERED_STEPS = 16
+_REMEMBERED_STEPS = 64
 """What steps of some size cost is worked out again after so many steps."""
 
 _OUTLIER = 1.5

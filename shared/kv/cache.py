@@ -52,7 +52,10 @@ class KVCache:
 
     def zero(self, block_ids: Sequence[int]) -> None:
         """Clear blocks on allocation: attention multiplies unused slots by 0, and 0 x NaN is NaN."""
-        if block_ids:
+        if self.data.device.type == "cpu":  # one contiguous piece of each layer at a time: half of what indexing takes
+            for block_id in block_ids:
+                self.data[:, block_id].zero_()
+        elif block_ids:
             self.data.index_fill_(1, torch.tensor(block_ids, device=self.data.device), 0)
 
     def copy_block(self, src: int, dst: int) -> None:
