@@ -26,6 +26,7 @@ TESTS = tuple(
         "native_decoder",
         "native_draws",
         "native_filters",
+        "native_heads",
         "native_threads",
         "draft_model",
         "heads",
