@@ -10,7 +10,7 @@ LEAST_REACH = 0.35
 """A chain that is less likely right so far is not guessed on: a guess and its row cost a tenth of a step and more."""
 
 
-class Chain:
+class GuessChain:
     """The guesses after one sequence. `reach` is how likely they are all right, as far as the heads know."""
 
     def __init__(self, ask: Ask) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from shared.engine.proposer import Ask, Draft
 from shared.engine.sequence import Sequence
-from shared.speculative.chains import Chain
+from shared.speculative.chains import GuessChain
 from shared.speculative.context import ProposerContext
 from shared.speculative.drafts import open_heads
 from shared.speculative.heads_models import HeadsModel
@@ -39,7 +39,7 @@ class HeadsProposer:
         return 0.0
 
     def propose(self, asks: Sequence_[Ask]) -> list[Draft]:
-        chains = [Chain(ask) for ask in asks]
+        chains = [GuessChain(ask) for ask in asks]
         known = [(chain, chain.ask.hidden) for chain in chains if chain.ask.hidden is not None]
         active, states = [chain for chain, _ in known], [hidden for _, hidden in known]
         while active:

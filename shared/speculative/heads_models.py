@@ -14,14 +14,14 @@ from shared.engine.runner import place_of
 from shared.engine.sampler import is_adjusted
 from shared.model.native_heads import NativeHeads
 from shared.model.torch_draft import TorchHeads
-from shared.speculative.chains import LEAST_REACH, Chain
+from shared.speculative.chains import LEAST_REACH, GuessChain
 from shared.speculative.draft_vocabulary import DraftVocabulary
 
 
 class HeadsModel(Protocol):
     """Keeps nothing from one call to the next."""
 
-    def extend(self, chains: Sequence_[Chain], states: F32) -> F32:
+    def extend(self, chains: Sequence_[GuessChain], states: F32) -> F32:
         """Make the next guess of each chain, which all go on, or several; the rows to go on from behind them.
 
         `states` [len(chains), hidden_size] are the rows before the chains' last tokens. Raises ValueError for rows of
@@ -38,7 +38,7 @@ class HeadsOnKernels:
         self._share = share
         self._cores = None if share is None else place_of(share)
 
-    def extend(self, chains: Sequence_[Chain], states: F32) -> F32:
+    def extend(self, chains: Sequence_[GuessChain], states: F32) -> F32:
         guesses = self._model.guess(
             [chain.last for chain in chains],
             states,
@@ -62,7 +62,7 @@ class HeadsOnTorch:
         self._vocabulary = vocabulary
         self._device = device
 
-    def extend(self, chains: Sequence_[Chain], states: F32) -> F32:
+    def extend(self, chains: Sequence_[GuessChain], states: F32) -> F32:
         ids = torch.tensor([chain.last for chain in chains], device=self._device)
         rows = self._model.forward(torch.from_numpy(states).to(self._device), ids)
         for chain, logits in zip(chains, self._model.logits(rows).cpu().numpy(), strict=True):
@@ -73,7 +73,7 @@ class HeadsOnTorch:
         return hidden
 
 
-def _num_places(chain: Chain) -> int:
+def _num_places(chain: GuessChain) -> int:
     """As many as are wanted; one where the guesses before it change more of a draw than its ordinal."""
     sequence = chain.ask.sequence
     return 1 if is_adjusted(sequence.params, sequence.num_output + len(chain.tokens)) else chain.num_left
