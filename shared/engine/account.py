@@ -7,8 +7,9 @@ import math
 _SHARE = 0.005
 """Of all time may go to guesses that give nothing back."""
 
-_CREDIT_STEPS = 1.0
-"""So much is kept of what was gained: texts that repeat themselves do so with breaks."""
+_CREDIT_STEPS = 8.0
+"""So much is kept of what was gained: texts that repeat themselves do so with breaks, and of guesses that pay well some
+are wrong five times in a row."""
 
 _MOST_SELDOM = 32
 """Steps of a pause, at most: no debt, be it of a step that something disturbed, ends guessing for good."""
@@ -17,7 +18,7 @@ _MOST_SELDOM = 32
 class Account:
     """One worker's. The estimates that guesses are chosen by may be wrong; this one counts what came of them.
 
-    The first step is free. Seconds throughout.
+    The first ones are free, for so long. Seconds throughout.
     """
 
     def __init__(self) -> None:

@@ -341,28 +341,28 @@ def guessed_in(account: Account, took: float, gave: float = 0.0, num_steps: int 
 @pytest.mark.parametrize("took", [0.0001, 0.0004, 0.001])
 def test_guessing_that_gives_nothing_takes_a_two_hundredth_of_the_time(took: float) -> None:
     share = guessed_in(Account(), took) * took / (5000 * STEP_S)
-    assert 0.0045 <= share <= 0.0055
+    assert 0.0045 <= share <= 0.0055 + 8 / 5000
 
 
 @pytest.mark.parametrize("gave", [0.0006, 0.0019])
 def test_what_gives_less_than_it_takes_loses_no_more(gave: float) -> None:
     """However good the chances look that it is chosen by."""
     lost = guessed_in(Account(), 0.002, gave) * (0.002 - gave) / (5000 * STEP_S)
-    assert 0.002 <= lost <= 0.0055
+    assert 0.002 <= lost <= 0.0055 + 8 / 5000
 
 
 def test_what_pays_is_never_held_up() -> None:
     assert guessed_in(Account(), 0.0005, 0.0006) == 5000
 
 
-def test_what_was_gained_lets_a_step_s_time_be_lost_and_no_more() -> None:
+def test_what_was_gained_lets_eight_steps_time_be_lost_and_no_more() -> None:
     account = Account()
     guessed_in(account, 0.0, 1.0, num_steps=100)
     before_a_pause = 0
     while not account.is_overdrawn():
         account.took(0.0005)
         before_a_pause += 1
-    assert 20 <= before_a_pause <= 23
+    assert 160 <= before_a_pause <= 163
 
 
 def test_one_step_that_was_disturbed_does_not_end_guessing() -> None:
@@ -391,15 +391,15 @@ def timed(oracle: Oracle) -> _Timed:
     return _Timed((oracle,), {1: FixedCosts([1, 1000], [1.0, 1.0 + 99.9])}, max_rows=512)
 
 
-@pytest.mark.parametrize(("row_seconds", "least", "most"), [(0.1, 90, 200), (1.2, 1, 25)], ids=["as said", "dearer"])
+@pytest.mark.parametrize(("row_seconds", "least", "most"), [(0.1, 300, 600), (1.2, 1, 130)], ids=["as said", "dearer"])
 def test_rows_that_are_dearer_than_they_are_said_to_be_are_noticed(row_seconds: float, least: int, most: int) -> None:
     """Every guess looks worth its row; the account sees whether it is."""
-    oracle = Oracle(0.5)
+    oracle = Oracle(0.7)
     speculation = timed(oracle)
     speculation.row_seconds = row_seconds
     engine, _ = make_engine(num_blocks=400, speculation=speculation)
-    engine.add(make_sequence([5, 6, 7], max_tokens=1000))
-    for _ in range(200):
+    engine.add(make_sequence([5, 6, 7], max_tokens=3000))
+    for _ in range(600):
         engine.step()
     assert least <= speculation.counts["oracle"].drafted[0] <= most
 
