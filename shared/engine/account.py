@@ -18,7 +18,7 @@ _MOST_SELDOM = 32
 class Account:
     """One worker's. The estimates that guesses are chosen by may be wrong; this one counts what came of them.
 
-    The first ones are free, for so long. Seconds throughout.
+    A new one has that credit. Seconds throughout.
     """
 
     def __init__(self) -> None:
