@@ -21,6 +21,7 @@ from tests.drafts import target_of, write_draft, write_heads
 from tests.inprocess import Bench, workers
 from tests.model_checkpoints import tokens
 from tests.native_models import library
+from tests.speculation_fakes import let_guess_freely
 from tests.tiny_model import NAME, VOCAB, write_tiny_model
 
 PROMPT = [(13 * i + i // 5) % (VOCAB - 4) + 3 for i in range(70)]
@@ -122,7 +123,7 @@ async def test_a_decode_worker_lost_while_it_speculates(
         expected = contents(await plain.generate(PROMPT, **params))
     async with workers(redis_url, f"{deployment}-2", model, decode=2) as bench:
         for service in bench.decode:
-            await bench.until(lambda service=service: bool(service.engine.speculation.tables))  # type: ignore[misc]
+            let_guess_freely(service.engine)
         for _ in range(3):
             assert contents(await bench.generate(PROMPT, **params)) == expected
             job = await lost_after(bench, params, 2)
@@ -154,7 +155,7 @@ async def test_a_decode_worker_lost_while_a_draft_guesses(
     speculation = {"proposers": "draft,heads", "draft": str(tmp_path / "draft")}
     async with workers(redis_url, f"{deployment}-2", tmp_path / "model", decode=2, speculation=speculation) as bench:
         for service in bench.decode:
-            await bench.until(lambda service=service: bool(service.engine.speculation.tables))  # type: ignore[misc]
+            let_guess_freely(service.engine)
         for count in (2, 20):
             job = await lost_after(bench, params, count, prompt)
             assert contents(await bench.ended(job)) == expected
