@@ -103,11 +103,14 @@ class Confident:
 
 def always(*proposers: Proposer, max_draft_tokens: int = 4) -> Speculation:
     """All are asked in every step, and every guess goes into it."""
-    return Speculation(proposers, {1: FREE_ROWS}, max_rows=512, max_draft_tokens=max_draft_tokens, account=Unlimited())
+    return Speculation(
+        proposers, {1: FREE_ROWS}, max_rows=512, max_draft_tokens=max_draft_tokens, new_account=Unlimited
+    )
 
 
 def let_guess_freely(engine: Engine) -> None:
     """As if rows cost nothing, whatever is measured: a tiny model's steps are as quick as a look for guesses."""
     assert engine.speculation is not None
     engine.speculation.tables = {1: FREE_ROWS}
-    engine.speculation.account = Unlimited()
+    for member in engine.speculation._stack._members:
+        member.account = Unlimited()

@@ -1,4 +1,4 @@
-"""What guessing has taken and what it has given: in debt it pauses, until a share of the time has paid for it."""
+"""What guessing took and what it gave: in debt it pauses, until a share of the time has paid for it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import math
 _SHARE = 0.005
 """Of all time may go to guesses that give nothing back."""
 
-_CREDIT_STEPS = 8.0
-"""So much is kept of what was gained: texts that repeat themselves do so with breaks, and of guesses that pay well some
-are wrong five times in a row."""
+_CREDIT_STEPS = 4.0
+"""So much is kept of what was gained. Of guesses that pay well some are wrong ten times in a row, which takes some two
+steps' time; what is kept is lost each time that another kind of text begins, for which they do not pay."""
 
 _MOST_SELDOM = 32
 """Steps of a pause, at most: no debt, be it of a step that something disturbed, ends guessing for good."""
 
 
 class Account:
-    """One worker's. The estimates that guesses are chosen by may be wrong; this one counts what came of them.
+    """One proposer's. The estimates that guesses are chosen by may be wrong; this one counts what came of them.
 
     A new one has that credit. Seconds throughout.
     """

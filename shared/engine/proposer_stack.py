@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field, replace
 
 import structlog
 
 from shared.engine.acceptance import Acceptance
+from shared.engine.account import Account
 from shared.engine.draft_lengths import Chain, PlainStep
 from shared.engine.proposer import NO_DRAFT, Ask, Draft, Proposer
 from shared.engine.sequence import Sequence
@@ -39,6 +41,7 @@ class Member:
 
     proposer: Proposer
     counts: PositionCounts
+    account: Account
     greedy: Acceptance = field(default_factory=Acceptance)
     sampled: Acceptance = field(default_factory=Acceptance)
     trials: Trials = field(default_factory=Trials)
@@ -84,10 +87,16 @@ class ProposerStack:
     asked again: tokens do not need it.
     """
 
-    def __init__(self, proposers: Sequence_[Proposer], max_draft_tokens: int) -> None:
+    def __init__(
+        self, proposers: Sequence_[Proposer], max_draft_tokens: int, new_account: Callable[[], Account] = Account
+    ) -> None:
         self._members = [
-            Member(proposer, PositionCounts([0] * max_draft_tokens, [0] * max_draft_tokens)) for proposer in proposers
+            Member(proposer, PositionCounts([0] * max_draft_tokens, [0] * max_draft_tokens), new_account())
+            for proposer in proposers
         ]
+        self._asked: list[tuple[Member, float]] = []
+        """In this step, and how long deciding about each of them and its guesses took."""
+
         self.priced_s = 0.0
         """How long proposers guessed in this step that say what their guesses cost."""
 
@@ -96,38 +105,47 @@ class ProposerStack:
         """By proposer."""
         return {member.proposer.name: member.counts for member in self._members}
 
-    def begin_step(self) -> None:
-        """Nobody has guessed in this step yet."""
-        self.priced_s = 0.0
+    def begin_step(self) -> bool:
+        """Nobody has guessed in this step yet. Returns whether anybody may: who is in debt may not."""
+        self._asked, self.priced_s = [], 0.0
+        return any(not member.has_failed and not member.account.is_overdrawn() for member in self._members)
 
     def passed(self, seconds: float) -> None:
         """A step took so long, whether anybody was asked or not."""
         for member in self._members:
+            member.account.passed(seconds)
             member.trials.passed(seconds)
 
     def guess(self, asks: Sequence_[Ask], step: PlainStep) -> dict[Sequence, Guess]:
         """Guesses for those sequences that somebody has one for, whether it is worth its rows or not."""
         guesses: dict[Sequence, Guess] = {}
         for member in self._members:
-            open_asks = [ask for ask in asks if _is_open(member, ask, guesses)]
-            if chosen := _affordable(member, open_asks, step):
-                member.trials.not_needed()
-                drafts, _ = self._drafts(member, chosen)
-            elif open_asks and member.trials.are_due():
-                chosen = [_small(ask) for ask in open_asks[:_TRY_SEQUENCES]]
-                drafts, seconds = self._drafts(member, chosen)
-                member.trials.made(seconds)
-            else:
+            if member.account.is_overdrawn():
                 continue
-            guesses |= {
-                ask.sequence: Guess(ask.sequence, draft, member)
-                for ask, draft in zip(chosen, drafts, strict=True)
-                if draft.tokens
-            }
+            began = time.perf_counter()
+            guesses |= self._ask(member, [ask for ask in asks if _is_open(member, ask, guesses)], step)
+            self._asked.append((member, time.perf_counter() - began))
         return guesses
 
-    def learn(self, guess: Guess, sampled: Sequence_[int]) -> None:
-        """Compare a guess with the tokens that were sampled in its place, also where it was not computed."""
+    def looked(self, seconds: float) -> None:
+        """Looking for guesses took so long in all: who was asked pays its own time and a part of the rest."""
+        rest = seconds - sum(own for _, own in self._asked)
+        for member, own in self._asked:
+            member.account.took(own + rest / len(self._asked))
+
+    def computed(self, guesses: Iterable[Guess], seconds: float) -> None:
+        """The step took so long beyond one without these guesses: each pays for its rows."""
+        rows = [(guess.member.account, guess.num_computed) for guess in guesses if guess.num_computed]
+        num_rows = sum(count for _, count in rows)
+        for account, count in rows:
+            account.took(seconds * count / num_rows)
+
+    def learn(self, guess: Guess, sampled: Sequence_[int], token_seconds: float) -> None:
+        """Compare a guess with the tokens that were sampled in its place, also where it was not computed.
+
+        `token_seconds` is what a token would have taken without it.
+        """
+        guess.member.account.gave((len(sampled) - 1) * token_seconds)
         acceptance, counts = guess.member.acceptance(guess.sequence), guess.member.counts
         pairs = zip(guess.draft.tokens, guess.draft.confidences, sampled, strict=False)
         for place, (token, confidence, actual) in enumerate(pairs):
@@ -151,6 +169,20 @@ class ProposerStack:
                 member.proposer.forget(sequence)
             except Exception:
                 _retire(member)
+
+    def _ask(self, member: Member, asks: list[Ask], step: PlainStep) -> dict[Sequence, Guess]:
+        """As much as it is worth; where it is not, a little now and then."""
+        if chosen := _affordable(member, asks, step):
+            member.trials.not_needed()
+            drafts, _ = self._drafts(member, chosen)
+        elif asks and member.trials.are_due():
+            chosen = [_small(ask) for ask in asks[:_TRY_SEQUENCES]]
+            drafts, seconds = self._drafts(member, chosen)
+            member.trials.made(seconds)
+        else:
+            return {}
+        pairs = zip(chosen, drafts, strict=True)
+        return {ask.sequence: Guess(ask.sequence, draft, member) for ask, draft in pairs if draft.tokens}
 
     def _drafts(self, member: Member, asks: list[Ask]) -> tuple[list[Draft], float]:
         """And the seconds that they took."""

@@ -4,13 +4,15 @@ A guess that is right saves a step, a wrong one costs a row; both are estimated,
 what steps of this worker cost. Guesses are compared with what was sampled even where they were not computed, so that
 what is not worth its rows now goes on being judged.
 
-Four things decide, each in its file: whether guessing has paid so far (`account`), which sequences are asked about
-(`patience`), who guesses and what that is worth (`proposer_stack`), and how much of it to compute (`draft_lengths`).
+Four things decide, each in its file: whether a proposer's guesses have paid so far (`account`), which sequences are
+asked about (`patience`), who guesses and what that is worth (`proposer_stack`), and how much of it to compute
+(`draft_lengths`).
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field
 
@@ -22,13 +24,10 @@ from shared.engine.proposer import Ask, Proposer
 from shared.engine.proposer_stack import Guess, PositionCounts, ProposerStack
 from shared.engine.scheduler import Scheduled, Scheduler
 from shared.engine.sequence import Sequence
-from shared.engine.step_costs import StepCosts
+from shared.engine.step_costs import OUTLIER, StepCosts
 
 _REMEMBERED_STEPS = 64
 """What steps of some size cost is worked out again after so many steps."""
-
-_OUTLIER = 1.5
-"""A step with guesses so many times its estimate was disturbed by something else, which is not theirs to pay."""
 
 
 @dataclass(slots=True)
@@ -42,19 +41,21 @@ class Speculation:
     max_rows: int
     max_draft_tokens: int = 8
     patience: Patience = field(default_factory=Patience)
-    account: Account = field(default_factory=Account)
+    new_account: Callable[[], Account] = Account
+    """Each proposer has one."""
+
     _stack: ProposerStack = field(init=False)
     _guesses: dict[Sequence, Guess] = field(default_factory=dict)
     _hidden: dict[Sequence, F32] = field(default_factory=dict)
     _plain_steps: dict[tuple[int, int, int], PlainStep] = field(default_factory=dict)
     _step: PlainStep | None = None
-    """The one that guesses were looked for, where the account counts it: rows of prompts have other costs."""
+    """The one that guesses were looked for, where accounts count it: rows of prompts have other costs."""
 
     _num_cores: int = 0
     _num_steps: int = 0
 
     def __post_init__(self) -> None:
-        self._stack = ProposerStack(self.proposers, self.max_draft_tokens)
+        self._stack = ProposerStack(self.proposers, self.max_draft_tokens, self.new_account)
 
     @property
     def counts(self) -> dict[str, PositionCounts]:
@@ -70,20 +71,20 @@ class Speculation:
     def extend(self, plan: list[Scheduled], scheduler: Scheduler, num_cores: int) -> list[Scheduled]:
         """The plan with the drafts that are worth their rows, in a step on so many cores."""
         self._guesses = {}
-        self._stack.begin_step()
+        may_guess = self._stack.begin_step()
         self._num_cores = max((cores for cores in self.tables if cores <= num_cores), default=0)
         self._num_steps += 1
         if self._num_steps % _REMEMBERED_STEPS == 0:
             self._plain_steps.clear()
         self._step = None
-        if not self._num_cores or self.account.is_overdrawn():
+        if not self._num_cores or not may_guess:
             return plan
         began = time.perf_counter()
         step = self._plain_step(plan)
         extended = self._with_guesses(plan, step, scheduler) if step.can_pay else plan
         if _only_decodes(plan):
             self._step = step
-            self.account.took(time.perf_counter() - began)
+            self._stack.looked(time.perf_counter() - began)
         return extended
 
     def observe_beside(self, seconds: float) -> None:
@@ -93,15 +94,14 @@ class Speculation:
 
     def observe_step(self, plan: Sequence_[Scheduled], seconds: float) -> None:
         """A planned step took so long in the model; prompts' rows cost less than sampled ones and teach nothing."""
-        self.account.passed(seconds)
         self._stack.passed(seconds)
         if not self._num_cores or not _only_decodes(plan):
             return
-        num_rows = sum(item.num_rows for item in plan)
-        self.tables[self._num_cores].observe_step(num_rows, seconds)
+        num_rows, costs = sum(item.num_rows for item in plan), self.tables[self._num_cores]
         if self._step is not None and num_rows > self._step.num_rows:
-            expected = self._step.with_guesses(num_rows - self._step.num_rows)
-            self.account.took(min(seconds, _OUTLIER * expected) - self._step.model_seconds)
+            took = min(seconds, OUTLIER * costs.larger_step(num_rows, self._step.num_rows))
+            self._stack.computed(self._guesses.values(), took - costs.step(self._step.num_rows))
+        costs.observe_step(num_rows, seconds)
 
     def learn(self, item: Scheduled, sampled: Sequence_[int], hidden: F32) -> None:
         """Compare a sequence's guess with the tokens that were sampled in its place, the last of them from `hidden`."""
@@ -113,9 +113,7 @@ class Speculation:
             self.patience.helped(item.sequence)
         else:
             self.patience.missed(item.sequence)
-        if self._step is not None:
-            self.account.gave((len(sampled) - 1) * self._step.token_seconds)
-        self._stack.learn(guess, sampled)
+        self._stack.learn(guess, sampled, self._step.token_seconds if self._step is not None else 0.0)
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence has ended. May be repeated."""

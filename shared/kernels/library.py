@@ -1,6 +1,7 @@
 """The compiled CPU kernels as Python sees them: structs of the C interface, and where the library is found and loaded.
 
-The structs mirror `cpu/slipstream_cpu.h` field by field. ctypes lets go of the GIL while a call runs.
+The structs mirror `cpu/slipstream_cpu.h` field by field. ctypes lets go of the GIL while a call runs, but for
+brief ones: who lets go of it waits until the event loop's thread does, which may take longer than such a call.
 """
 
 from __future__ import annotations
@@ -107,15 +108,16 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self._functions = ctypes.CDLL(str(path))
+        self._brief = ctypes.PyDLL(str(path))
         self._functions.sl_create.restype = c_void_p
         self._functions.sl_create.argtypes = [c_void_p, c_int32, c_int32]
         self._functions.sl_destroy.argtypes = [c_void_p]
         self._functions.sl_run.argtypes = [c_void_p, c_void_p]
-        self._functions.sl_guess.argtypes = [c_void_p, c_void_p]
-        self._functions.sl_hidden.restype = c_void_p
-        self._functions.sl_hidden.argtypes = [c_void_p]
+        self._brief.sl_guess.argtypes = [c_void_p, c_void_p]
+        self._brief.sl_hidden.restype = c_void_p
+        self._brief.sl_hidden.argtypes = [c_void_p]
         self._functions.sl_matmul.argtypes = [c_void_p, c_void_p, c_void_p, c_int32, c_void_p]
-        self._functions.sl_share.argtypes = [c_void_p, c_uint64, c_void_p]
+        self._brief.sl_share.argtypes = [c_void_p, c_uint64, c_void_p]
         self._functions.sl_draw.argtypes = [c_void_p, c_void_p, c_int32]
         if self._functions.sl_abi() != ABI:
             raise OSError(f"{path} was built from another version of the sources; install Slipstream again")
@@ -138,12 +140,12 @@ class Library:
 
     def guess(self, engine: int, chains: CChains) -> None:
         """Make chains of guesses. Raises MemoryError."""
-        if self._functions.sl_guess(engine, ctypes.addressof(chains)):
+        if self._brief.sl_guess(engine, ctypes.addressof(chains)):
             raise MemoryError("no memory for the guesses' activations")
 
     def hidden(self, engine: int) -> int:
         """Address of the last step's hidden rows, float32 [num_tokens, hidden_size]. Raises MemoryError."""
-        address = self._functions.sl_hidden(engine)
+        address = self._brief.sl_hidden(engine)
         if not address:
             raise MemoryError("no memory for the step's hidden rows")
         return int(address)
@@ -156,7 +158,7 @@ class Library:
     def share(self, cores: CCores, now_ns: int) -> range:
         """Numbers of the cores that a step may use at `now_ns`."""
         first = c_int32()
-        count = self._functions.sl_share(ctypes.addressof(cores), now_ns, ctypes.addressof(first))
+        count = self._brief.sl_share(ctypes.addressof(cores), now_ns, ctypes.addressof(first))
         return range(first.value, first.value + count)
 
     def draw(self, engine: int, step: CStep, vocab_size: int) -> None:

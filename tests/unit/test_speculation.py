@@ -146,7 +146,7 @@ def test_what_greedy_requests_repeat_is_not_believed_of_sampled_ones() -> None:
             sequence = make_sequence([1, 2, 3], name=str(number), max_tokens=9, temperature=temperature)
             guess = stack.guess([Ask(sequence, 4)], step)[sequence]
             sampled = [token + (temperature > 0) for token in guess.draft.tokens]
-            stack.learn(guess, sampled)
+            stack.learn(guess, sampled, token_seconds=1.0)
             stack.forget(sequence)
         newcomer = make_sequence([1, 2, 3], name="newcomer", max_tokens=9, temperature=temperature)
         chances[temperature] = stack.guess([Ask(newcomer, 4)], step)[newcomer].chain.chances[0]
@@ -216,7 +216,7 @@ def test_preemption_and_departures_with_drafts(seed: int) -> None:
 
 
 def test_a_step_with_drafts_keeps_to_its_rows() -> None:
-    speculation = Speculation((Oracle(0.0),), {1: FREE_ROWS}, max_rows=8, max_draft_tokens=4, account=Unlimited())
+    speculation = Speculation((Oracle(0.0),), {1: FREE_ROWS}, max_rows=8, max_draft_tokens=4, new_account=Unlimited)
     engine, model = make_engine(max_num_batched_tokens=8, speculation=speculation)
     sequences = [make_sequence([i], name=str(i), max_tokens=10) for i in range(4)]
     for sequence in sequences:
@@ -242,8 +242,7 @@ def test_no_guess_is_computed_where_rows_cost_what_steps_do() -> None:
 def test_wrong_guesses_are_soon_not_computed_any_more_and_right_ones_come_back() -> None:
     costs = FixedCosts([1, 2, 3, 4, 5], [1.0, 1.4, 1.8, 2.2, 2.6])
     oracle = Oracle(1.0)
-    speculation = Speculation((oracle,), {1: costs}, max_rows=512)
-    speculation.account = Unlimited()
+    speculation = Speculation((oracle,), {1: costs}, max_rows=512, new_account=Unlimited)
     engine, _ = make_engine(num_blocks=200, speculation=speculation)
     sequence = make_sequence([1, 2, 3], max_tokens=600)
     engine.add(sequence)
