@@ -74,9 +74,9 @@ class Unlimited(Account):
 
 
 class NeverResting(Patience):
-    """Every sequence is asked about in every step."""
+    """Guesses are looked for in every step."""
 
-    def rests(self, sequence: Sequence) -> bool:
+    def rests(self) -> bool:
         return False
 
 

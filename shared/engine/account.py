@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-_SHARE = 0.005
+_SHARE = 0.003
 """Of all time may go to guesses that give nothing back."""
 
-_CREDIT_STEPS = 4.0
+_CREDIT_STEPS = 3.0
 """So much is kept of what was gained. Of guesses that pay well some are wrong ten times in a row, which takes some two
 steps' time; what is kept is lost each time that another kind of text begins, for which they do not pay."""
 

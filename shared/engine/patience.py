@@ -1,49 +1,30 @@
-"""Which sequences are asked about: looking takes time, and there are texts where nothing comes of it."""
+"""When to look for guesses again: looking takes time, and there are texts where nothing comes of it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-from shared.engine.sequence import Sequence
+_LEAST_GAIN = 0.08
+"""Tokens for each one of the step anyway, by which right guesses that were not computed make a look one of use."""
 
 _LONGEST_REST = 8
-"""Steps a sequence is not asked about after guesses of no use."""
+"""Steps without a look."""
 
 
-@dataclass(slots=True)
-class _Rest:
-    """Steps that a sequence is left alone from now on, and the next time."""
-
-    steps: int = 0
-    next: int = 1
-
-    def is_over(self) -> bool:
-        self.steps -= 1
-        return self.steps < 0
-
-    def begin(self) -> None:
-        self.steps, self.next = self.next, min(2 * self.next, _LONGEST_REST)
-
-
-@dataclass(slots=True)
 class Patience:
-    """A sequence whose guesses were of no use is asked about less often."""
+    """After looks of no use the next ones come later and later. All sequences rest together: what guesses are worth
+    depends on how many there are in a step, and a look has costs that are not by sequence."""
 
-    _rests: dict[Sequence, _Rest] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._steps_left = 0
+        self._next_rest = 1
 
-    def rests(self, sequence: Sequence) -> bool:
-        """Whether a sequence is left alone in this step. To be asked once a step."""
-        rest = self._rests.get(sequence)
-        return rest is not None and not rest.is_over()
+    def rests(self) -> bool:
+        """Whether nobody is asked in this step. To be called once a step."""
+        self._steps_left -= 1
+        return self._steps_left >= 0
 
-    def helped(self, sequence: Sequence) -> None:
-        """Its guess was computed, or would have been right."""
-        self._rests.pop(sequence, None)
-
-    def missed(self, sequence: Sequence) -> None:
-        """There was no guess for it, or a wrong one that was not worth computing."""
-        self._rests.setdefault(sequence, _Rest()).begin()
-
-    def forget(self, sequence: Sequence) -> None:
-        """The sequence has ended. May be repeated."""
-        self._rests.pop(sequence, None)
+    def looked(self, num_sequences: int, num_computed: int, num_right: int) -> None:
+        """In a step of so many sequences guesses were found, so many of them computed and so many right."""
+        if num_computed or num_right >= _LEAST_GAIN * num_sequences:
+            self._steps_left, self._next_rest = 0, 1
+        else:
+            self._steps_left, self._next_rest = self._next_rest, min(2 * self._next_rest, _LONGEST_REST)

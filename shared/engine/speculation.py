@@ -4,8 +4,8 @@ A guess that is right saves a step, a wrong one costs a row; both are estimated,
 what steps of this worker cost. Guesses are compared with what was sampled even where they were not computed, so that
 what is not worth its rows now goes on being judged.
 
-Four things decide, each in its file: whether a proposer's guesses have paid so far (`account`), which sequences are
-asked about (`patience`), who guesses and what that is worth (`proposer_stack`), and how much of it to compute
+Four things decide, each in its file: whether a proposer's guesses have paid so far (`account`), how often to look for
+some (`patience`), who guesses and what that is worth (`proposer_stack`), and how much of it to compute
 (`draft_lengths`).
 """
 
@@ -25,6 +25,9 @@ from shared.engine.proposer_stack import Guess, PositionCounts, ProposerStack
 from shared.engine.scheduler import Scheduled, Scheduler
 from shared.engine.sequence import Sequence
 from shared.engine.step_costs import OUTLIER, StepCosts
+
+_OBSERVED_STEPS = 4
+"""Where nobody has a guess, one step of so many teaches what steps cost: learning takes time, too."""
 
 _REMEMBERED_STEPS = 64
 """What steps of some size cost is worked out again after so many steps."""
@@ -51,6 +54,10 @@ class Speculation:
     _step: PlainStep | None = None
     """The one that guesses were looked for, where accounts count it: rows of prompts have other costs."""
 
+    _num_sequences: int = 0
+    """Of the last step in which guesses were looked for, and of those that were found how many began right."""
+
+    _num_right: int = 0
     _num_cores: int = 0
     _num_steps: int = 0
 
@@ -70,19 +77,21 @@ class Speculation:
 
     def extend(self, plan: list[Scheduled], scheduler: Scheduler, num_cores: int) -> list[Scheduled]:
         """The plan with the drafts that are worth their rows, in a step on so many cores."""
-        self._guesses = {}
-        may_guess = self._stack.begin_step()
+        self._judge_last_look()
         self._num_cores = max((cores for cores in self.tables if cores <= num_cores), default=0)
         self._num_steps += 1
         if self._num_steps % _REMEMBERED_STEPS == 0:
             self._plain_steps.clear()
-        self._step = None
-        if not self._num_cores or not may_guess:
+        if not self._stack.begin_step() or not self._num_cores or self.patience.rests():
             return plan
         began = time.perf_counter()
+        if only_decodes := _only_decodes(plan):
+            self._num_sequences = len(plan)
         step = self._plain_step(plan)
-        extended = self._with_guesses(plan, step, scheduler) if step.can_pay else plan
-        if _only_decodes(plan):
+        if not step.can_pay or not (asks := self._asks(plan)):
+            return plan
+        extended = self._with_guesses(plan, asks, step, scheduler)
+        if only_decodes:
             self._step = step
             self._stack.looked(time.perf_counter() - began)
         return extended
@@ -95,7 +104,7 @@ class Speculation:
     def observe_step(self, plan: Sequence_[Scheduled], seconds: float) -> None:
         """A planned step took so long in the model; prompts' rows cost less than sampled ones and teach nothing."""
         self._stack.passed(seconds)
-        if not self._num_cores or not _only_decodes(plan):
+        if not self._num_cores or (not self._guesses and self._num_steps % _OBSERVED_STEPS) or not _only_decodes(plan):
             return
         num_rows, costs = sum(item.num_rows for item in plan), self.tables[self._num_cores]
         if self._step is not None and num_rows > self._step.num_rows:
@@ -109,17 +118,20 @@ class Speculation:
         guess = self._guesses.get(item.sequence)
         if guess is None:
             return
-        if guess.num_computed or guess.draft.tokens[0] == sampled[0]:
-            self.patience.helped(item.sequence)
-        else:
-            self.patience.missed(item.sequence)
+        self._num_right += guess.draft.tokens[0] == sampled[0]
         self._stack.learn(guess, sampled, self._step.token_seconds if self._step is not None else 0.0)
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence has ended. May be repeated."""
         self._hidden.pop(sequence, None)
-        self.patience.forget(sequence)
         self._stack.forget(sequence)
+
+    def _judge_last_look(self) -> None:
+        if self._num_sequences:
+            num_computed = sum(guess.num_computed for guess in self._guesses.values())
+            self.patience.looked(self._num_sequences, num_computed, self._num_right)
+        self._guesses, self._step = {}, None
+        self._num_sequences = self._num_right = 0
 
     def _plain_step(self, plan: list[Scheduled]) -> PlainStep:
         key = self._num_cores, sum(item.num_tokens for item in plan), len(plan)
@@ -127,26 +139,23 @@ class Speculation:
             self._plain_steps[key] = PlainStep(self.tables[self._num_cores], key[1], key[2], self.max_rows)
         return self._plain_steps[key]
 
-    def _with_guesses(self, plan: list[Scheduled], step: PlainStep, scheduler: Scheduler) -> list[Scheduled]:
-        self._guesses = self._look(plan, step)
+    def _asks(self, plan: list[Scheduled]) -> list[Ask]:
+        """About all sequences that guesses could be of use to."""
+        return [
+            Ask(item.sequence, wanted, self._hidden.get(item.sequence))
+            for item in plan
+            if (wanted := self._wanted(item)) > 0
+        ]
+
+    def _with_guesses(
+        self, plan: list[Scheduled], asks: list[Ask], step: PlainStep, scheduler: Scheduler
+    ) -> list[Scheduled]:
+        self._guesses = self._stack.guess(asks, step)
         if not self._guesses:
             return plan
         chains = [guess.chain for guess in self._guesses.values()]
         lengths = dict(zip(self._guesses, step.lengths(chains), strict=True))
         return [self._with_draft(item, lengths.get(item.sequence, 0), scheduler) for item in plan]
-
-    def _look(self, plan: list[Scheduled], step: PlainStep) -> dict[Sequence, Guess]:
-        """Guesses for all sequences that they could be of use to; who gets none is left alone for a while."""
-        asks = [
-            Ask(item.sequence, wanted, self._hidden.get(item.sequence))
-            for item in plan
-            if (wanted := self._wanted(item)) > 0 and not self.patience.rests(item.sequence)
-        ]
-        guesses = self._stack.guess(asks, step)
-        for ask in asks:
-            if ask.sequence not in guesses:
-                self.patience.missed(ask.sequence)
-        return guesses
 
     def _wanted(self, item: Scheduled) -> int:
         """Guesses that could be of use: none where no single choice is sampled, none beyond the last token."""

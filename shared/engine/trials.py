@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-_EVERY = 24
+_EVERY = 48
 """Steps between two trials, at least."""
 
-_SHARE = 0.01
+_SHARE = 0.005
 """Of all time goes to trials, at most."""
 
 
