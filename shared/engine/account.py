@@ -11,7 +11,7 @@ _CREDIT_STEPS = 3.0
 """So much is kept of what was gained. Of guesses that pay well some are wrong ten times in a row, which takes some two
 steps' time; what is kept is lost each time that another kind of text begins, for which they do not pay."""
 
-_MOST_SELDOM = 32
+_MOST_SELDOM = 64
 """Steps of a pause, at most: no debt, be it of a step that something disturbed, ends guessing for good."""
 
 

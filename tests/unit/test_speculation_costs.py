@@ -399,7 +399,7 @@ def test_one_step_that_was_disturbed_does_not_end_guessing() -> None:
     while account.is_overdrawn():
         paused += 1
         account.passed(STEP_S)
-    assert 31 <= paused <= 33
+    assert 63 <= paused <= 65
 
 
 class _Timed(Speculation):
