@@ -8,7 +8,8 @@ times in turn, with prompts of its own: on the server without speculation, on th
 with requests that forbid it, which says what a ratio of 1 looks like here. So many streams at once, each followed by
 another until all requests are through, greedy or sampled with a seed; the three answers to a request must be equal.
 The tables over all kinds of prompts compare with the other server and with the same one. `--tables FILE` prints those
-of a raw file.
+of a raw file. A few rounds cannot tell 3 % in one cell: with `--again RATIO` more rounds of those cells of the file
+`--out` follow whose median is lower, and count together with the ones before.
 
 Two speeds are taken of each load: while all streams are busy, which is what so many streams at once means, and of the
 whole load with its end, when there is nothing left to begin. Without guesses all answers, of one length, end together;
@@ -58,6 +59,9 @@ BUSY = "busy"
 
 FORBIDDING = {"speculation": "none", "cache_salt": OFF}
 """The salt keeps prompts of one load from being found computed by the other."""
+
+Cell = tuple[float, str, int]
+"""Temperature, kind of prompts, and streams at once."""
 
 PORT = 18970
 
@@ -187,6 +191,15 @@ def render_over_kinds(results: Sequence[dict[str, Any]], other: str) -> str:
     return "\n".join(lines)
 
 
+def weak_cells(results: Sequence[dict[str, Any]], below: float) -> list[Cell]:
+    """Those whose median ratio to the server without speculation is lower, by busy streams."""
+    ratios: dict[Cell, list[float]] = {}
+    for result in results:
+        cell = result["temperature"], result["kind"], result["streams"]
+        ratios.setdefault(cell, []).append(result[BUSY][WITH] / result[BUSY][WITHOUT])
+    return [cell for cell, found in ratios.items() if median(found) < below]
+
+
 def tables_of(results: Sequence[dict[str, Any]]) -> dict[str, str]:
     """By their names in the raw file; those of busy streams where they were taken."""
     tables = _tables(results)
@@ -214,6 +227,7 @@ def main() -> None:
     parser.add_argument("--kernels", default="auto", help="what computes the model in both servers")
     parser.add_argument("--draft", default="", help="folder of a draft model for the server that speculates")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--again", type=float, help="more rounds of the cells of the file --out below this ratio")
     parser.add_argument("--tables", type=Path, help="measure nothing: print the tables of this raw file")
     options = parser.parse_args()
     if options.tables:
@@ -223,9 +237,12 @@ def main() -> None:
     flags = ("--draft", options.draft) if options.draft else ()
     without = slipstream("smollm2", "--kernels", options.kernels, "--speculation", "none")
     speculating = slipstream("smollm2", "--kernels", options.kernels, *flags)
-    cells = list(itertools.product(options.temperatures, options.kinds, options.streams))
-    first = 0
-    for number in range(options.rounds):
+    cells: list[Cell] = list(itertools.product(options.temperatures, options.kinds, options.streams))
+    if options.again:
+        results = json.loads(options.out.read_text())["runs"]
+        cells = weak_cells(results, options.again)
+    first, done = 0, max((result["round"] + 1 for result in results), default=0)
+    for number in range(done, done + options.rounds):
         with without.running(PORT), speculating.running(PORT + 1):
             time.sleep(SETTLE_S)
             for temperature, kind, streams in cells:
@@ -233,7 +250,7 @@ def main() -> None:
                 first += STREAMS[streams]
         tables = tables_of(results)
         write_raw(options.out, results, **{name: table.splitlines() for name, table in tables.items()})
-        print(f"round {number + 1} of {options.rounds} done", file=sys.stderr, flush=True)
+        print(f"round {number + 1 - done} of {options.rounds} done", file=sys.stderr, flush=True)
     print(printed(tables_of(results)))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.speculation import PROMPTS_OF_A_ROUND, Answer, Load, tables_of
+from benchmarks.speculation import PROMPTS_OF_A_ROUND, Answer, Load, tables_of, weak_cells
 from benchmarks.speculation_prompts import KINDS
 
 
@@ -44,6 +44,15 @@ def test_busy_streams_have_tables_of_their_own() -> None:
     assert tables["with, busy"] == ["| chat, T = 1 | 1.50 [1.50-1.50], 90 |"]
     assert tables["with"] == ["| chat, T = 1 | 0.80 [0.80-0.80], 40 |"]
     assert list(tables_of([*runs, run("chat", 4, 1.0, 1.0, 1.0)])) == [name for name in tables if "busy" not in name]
+
+
+def test_cells_below_a_ratio_are_found_by_the_median_of_busy_streams() -> None:
+    def measured(kind: str, ratio: float) -> dict[str, Any]:
+        return run(kind, 4, 50.0, 90.0, 50.0) | {"busy": {"without": 100.0, "with": 100.0 * ratio, "forbidden": 100.0}}
+
+    results = [measured("chat", ratio) for ratio in (0.99, 0.5, 0.96)] + [measured("code", r) for r in (0.5, 1.0, 1.0)]
+    assert weak_cells(results, 0.98) == [(1.0, "chat", 4)]
+    assert weak_cells(results, 0.95) == []
 
 
 def test_streams_are_busy_until_one_has_nothing_left_to_begin() -> None:
