@@ -5,8 +5,8 @@ from __future__ import annotations
 _LEAST_GAIN = 0.08
 """Tokens for each one of the step anyway, by which right guesses that were not computed make a look one of use."""
 
-_LONGEST_REST = 8
-"""Steps without a look."""
+_LONGEST_REST, _LARGE_STEP, _LONGEST_REST_OF_LARGE = 8, 8, 16
+"""Steps without a look, and those of so many sequences and more: a look takes longer there, and guesses gain less."""
 
 
 class Patience:
@@ -27,4 +27,5 @@ class Patience:
         if num_computed or num_right >= _LEAST_GAIN * num_sequences:
             self._steps_left, self._next_rest = 0, 1
         else:
-            self._steps_left, self._next_rest = self._next_rest, min(2 * self._next_rest, _LONGEST_REST)
+            longest = _LONGEST_REST if num_sequences < _LARGE_STEP else _LONGEST_REST_OF_LARGE
+            self._steps_left, self._next_rest = self._next_rest, min(2 * self._next_rest, longest)

@@ -52,7 +52,7 @@ class Speculation:
     _hidden: dict[Sequence, F32] = field(default_factory=dict)
     _plain_steps: dict[tuple[int, int, int], PlainStep] = field(default_factory=dict)
     _step: PlainStep | None = None
-    """The one that guesses were looked for, where accounts count it: rows of prompts have other costs."""
+    """The one that guesses were looked for."""
 
     _num_sequences: int = 0
     """Of the last step in which guesses were looked for, and of those that were found how many began right."""
@@ -82,18 +82,16 @@ class Speculation:
         self._num_steps += 1
         if self._num_steps % _REMEMBERED_STEPS == 0:
             self._plain_steps.clear()
-        if not self._stack.begin_step() or not self._num_cores or self.patience.rests():
+        if not self._stack.begin_step() or not self._num_cores or not _only_decodes(plan) or self.patience.rests():
             return plan
         began = time.perf_counter()
-        if only_decodes := _only_decodes(plan):
-            self._num_sequences = len(plan)
+        self._num_sequences = len(plan)
         step = self._plain_step(plan)
         if not step.can_pay or not (asks := self._asks(plan)):
             return plan
+        self._step = step
         extended = self._with_guesses(plan, asks, step, scheduler)
-        if only_decodes:
-            self._step = step
-            self._stack.looked(time.perf_counter() - began)
+        self._stack.looked(time.perf_counter() - began)
         return extended
 
     def observe_beside(self, seconds: float) -> None:
