@@ -9,8 +9,8 @@ with requests that forbid it, which says what a ratio of 1 looks like here. So m
 another until all requests are through, greedy or sampled with a seed; the three answers to a request must be equal.
 The tables over all kinds of prompts compare with the other server and with the same one. `--tables FILE` prints those
 of a raw file. A few rounds cannot tell 3 % in one cell: with `--again RATIO` more rounds of those cells of the file
-`--out` follow whose median is lower, and count together with the ones before. What is measured again because it was low rises by
-chance: means over kinds are those of the rounds that all cells have.
+`--out` follow whose median is lower, and count together with the ones before. What is measured again because it was
+low rises by chance: means over kinds are those of the rounds that all cells have.
 
 Two speeds are taken of each load: while all streams are busy, which is what so many streams at once means, and of the
 whole load with its end, when there is nothing left to begin. Without guesses all answers, of one length, end together;
@@ -240,6 +240,8 @@ def main() -> None:
     speculating = slipstream("smollm2", "--kernels", options.kernels, *flags)
     cells: list[Cell] = list(itertools.product(options.temperatures, options.kinds, options.streams))
     if options.again:
+        if options.out is None or not options.out.exists():
+            parser.error("--again needs --out with the raw file of an earlier run")
         results = json.loads(options.out.read_text())["runs"]
         cells = weak_cells(results, options.again)
     first, done = 0, max((result["round"] + 1 for result in results), default=0)

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from shared.engine.step_costs import StepCosts
 
-_WORTHWHILE = 1.08
+WORTHWHILE_GAIN = 0.08
 """Expected gain below which a step goes without guesses: choosing by noisy estimates picks what was overestimated."""
 
 _LEAST_GAIN = 0.02
@@ -56,7 +56,7 @@ def choose_lengths(
     ]
     places.sort(reverse=True)
     at_place = [0] * max((1 - place for _, place, _ in places), default=0)
-    best, best_rate, expected, spent = 0, _WORTHWHILE * num_tokens / seconds(0), float(num_tokens), 0.0
+    best, best_rate, expected, spent = 0, (1 + WORTHWHILE_GAIN) * num_tokens / seconds(0), float(num_tokens), 0.0
     for count, (gain, place, _) in enumerate(places, start=1):
         expected += gain
         if guessing is not None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-_LEAST_GAIN = 0.08
-"""Tokens for each one of the step anyway, by which right guesses that were not computed make a look one of use."""
+from shared.engine.draft_lengths import WORTHWHILE_GAIN
 
 _LONGEST_REST, _LARGE_STEP, _LONGEST_REST_OF_LARGE = 8, 8, 16
 """Steps without a look, and those of so many sequences and more: a look takes longer there, and guesses gain less."""
@@ -18,13 +17,13 @@ class Patience:
         self._next_rest = 1
 
     def rests(self) -> bool:
-        """Whether nobody is asked in this step. To be called once a step."""
+        """Whether nobody is asked in this step. To be called once in each step that could have guesses."""
         self._steps_left -= 1
         return self._steps_left >= 0
 
     def looked(self, num_sequences: int, num_computed: int, num_right: int) -> None:
-        """In a step of so many sequences guesses were found, so many of them computed and so many right."""
-        if num_computed or num_right >= _LEAST_GAIN * num_sequences:
+        """Of the guesses in a step of so many sequences so many were computed, and so many would have begun right."""
+        if num_computed or num_right >= WORTHWHILE_GAIN * num_sequences:
             self._steps_left, self._next_rest = 0, 1
         else:
             longest = _LONGEST_REST if num_sequences < _LARGE_STEP else _LONGEST_REST_OF_LARGE

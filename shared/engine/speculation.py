@@ -50,7 +50,7 @@ class Speculation:
     _stack: ProposerStack = field(init=False)
     _guesses: dict[Sequence, Guess] = field(default_factory=dict)
     _hidden: dict[Sequence, F32] = field(default_factory=dict)
-    _plain_steps: dict[tuple[int, int, int], PlainStep] = field(default_factory=dict)
+    _plain_steps: dict[tuple[int, int], PlainStep] = field(default_factory=dict)
     _step: PlainStep | None = None
     """The one that guesses were looked for."""
 
@@ -114,10 +114,10 @@ class Speculation:
         """Compare a sequence's guess with the tokens that were sampled in its place, the last of them from `hidden`."""
         self._hidden[item.sequence] = hidden
         guess = self._guesses.get(item.sequence)
-        if guess is None:
+        if guess is None or self._step is None:
             return
         self._num_right += guess.draft.tokens[0] == sampled[0]
-        self._stack.learn(guess, sampled, self._step.token_seconds if self._step is not None else 0.0)
+        self._stack.learn(guess, sampled, self._step.token_seconds)
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence has ended. May be repeated."""
@@ -132,9 +132,9 @@ class Speculation:
         self._num_sequences = self._num_right = 0
 
     def _plain_step(self, plan: list[Scheduled]) -> PlainStep:
-        key = self._num_cores, sum(item.num_tokens for item in plan), len(plan)
+        key = self._num_cores, len(plan)
         if key not in self._plain_steps:
-            self._plain_steps[key] = PlainStep(self.tables[self._num_cores], key[1], key[2], self.max_rows)
+            self._plain_steps[key] = PlainStep(self.tables[self._num_cores], len(plan), len(plan), self.max_rows)
         return self._plain_steps[key]
 
     def _asks(self, plan: list[Scheduled]) -> list[Ask]:
@@ -160,7 +160,7 @@ class Speculation:
         sequence = item.sequence
         if sequence.params.proposers == ():
             return 0
-        if item.num_tokens != 1 or sequence.hold or len(sequence.choices) != 1 or sequence.wants_prompt_logprobs:
+        if sequence.hold or len(sequence.choices) != 1 or sequence.wants_prompt_logprobs:
             return 0
         return min(self.max_draft_tokens, sequence.params.max_tokens - sequence.num_output - 1)
 

@@ -11,6 +11,7 @@ import pytest
 from shared.engine.acceptance import Acceptance
 from shared.engine.account import Account
 from shared.engine.draft_lengths import Chain, PlainStep
+from shared.engine.patience import Patience
 from shared.engine.proposer import Ask, Draft
 from shared.engine.proposer_stack import ProposerStack
 from shared.engine.scheduler import Scheduled
@@ -19,7 +20,7 @@ from shared.engine.speculation import Speculation
 from shared.engine.step_costs import StepCosts
 from shared.engine.trials import Trials
 from tests.engine_fakes import make_engine, make_sequence, run_to_end
-from tests.speculation_fakes import FREE_ROWS, FixedCosts, Oracle, Unlimited
+from tests.speculation_fakes import FREE_ROWS, FixedCosts, Oracle, Unlimited, always
 
 
 def test_rates_are_learned_by_confidence() -> None:
@@ -388,6 +389,53 @@ def test_who_loses_pauses_and_who_gains_goes_on() -> None:
         stack.passed(1.0)
     assert guessed["right"] == 200
     assert guessed["wrong"] < 30, "three steps' time to begin with, and little of 200 steps' time"
+
+
+@pytest.mark.parametrize(("num_sequences", "gaps"), [(4, [1, 2, 4, 8, 8]), (8, [1, 2, 4, 8, 16, 16])])
+def test_looks_of_no_use_come_later_and_later(num_sequences: int, gaps: list[int]) -> None:
+    patience = Patience()
+    for gap in gaps:
+        assert not patience.rests()
+        patience.looked(num_sequences, num_computed=0, num_right=0)
+        assert [patience.rests() for _ in range(gap)] == [True] * gap
+
+
+@pytest.mark.parametrize(("computed", "right", "rests"), [(1, 0, False), (0, 2, False), (0, 1, True)])
+def test_a_look_was_of_use_if_it_was_computed_or_would_have_been_worth_it(
+    computed: int, right: int, rests: bool
+) -> None:
+    patience = Patience()
+    for _ in range(5):
+        patience.looked(16, num_computed=0, num_right=0)
+    patience.looked(16, computed, right)
+    assert patience.rests() is rests
+
+
+def test_steps_that_compute_prompts_have_no_guesses() -> None:
+    speculation = always(Oracle(0.0))
+    engine, _ = make_engine(num_blocks=200, speculation=speculation)
+    first = make_sequence([5, 6, 7], name="first", max_tokens=60)
+    engine.add(first)
+    while not sum(speculation.totals()[0]):
+        engine.step()
+    engine.add(make_sequence([8, 9, 10], name="second", max_tokens=60))
+    drafted, num_output = sum(speculation.totals()[0]), first.num_output
+    engine.step()
+    assert sum(speculation.totals()[0]) == drafted
+    assert first.num_output == num_output + 1
+    engine.step()
+    assert sum(speculation.totals()[0]) > drafted
+
+
+def test_what_disturbs_one_size_makes_sizes_dearer_that_did_not_run() -> None:
+    costs = StepCosts([1, 4, 8], [1.0, 4.0, 8.0])
+    for _ in range(100):
+        costs.observe_step(4, 4.0)
+        costs.observe_step(5, 5.0)
+    for _ in range(40):
+        costs.observe_step(4, 5.6)
+    assert costs.step(4) > 5.0
+    assert costs.larger_step(5, 4) / costs.step(4) > 1.15, "a row looks no cheaper than it was"
 
 
 def test_one_step_that_was_disturbed_does_not_end_guessing() -> None:
