@@ -21,12 +21,9 @@ def write_raw(out: Path | None, results: Sequence[dict[str, Any]], **summary: An
     """The raw file: how it was run, where, on which commit, and everything that came out."""
     if out is None:
         return
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    status = ["git", "status", "--porcelain", "--", ".", ":!docs/data"]
-    changed = subprocess.run(status, capture_output=True, text=True, check=False)
     payload = {
         "command": " ".join(["python", "-m", *_module(), *_without_secrets(sys.argv[1:])]),
-        "commit": head.stdout.strip() + ("+changes" if changed.stdout.strip() else ""),
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": {"system": platform.platform(), "python": platform.python_version(), "cpus": CPUS},
         **summary,
@@ -34,6 +31,14 @@ def write_raw(out: Path | None, results: Sequence[dict[str, Any]], **summary: An
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(payload, indent=1) + "\n")
+
+
+def commit() -> str:
+    """Of the working tree, raw files aside; it says so where the tree has changes."""
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    status = ["git", "status", "--porcelain", "--", ".", ":!docs/data"]
+    changed = subprocess.run(status, capture_output=True, text=True, check=False)
+    return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
 
 
 def _module() -> list[str]:

@@ -4,13 +4,14 @@
 
 Two `slipstream serve` run side by side, one of them with `--speculation none`, begun anew for each round, because two
 processes of one program differ by several per cent; while one is loaded the other is idle. Each cell is measured three
-times in turn, with prompts of its own: on the server without speculation, on the one with it, and there again
-with requests that forbid it, which says what a ratio of 1 looks like here. So many streams at once, each followed by
-another until all requests are through, greedy or sampled with a seed; the three answers to a request must be equal.
-The tables over all kinds of prompts compare with the other server and with the same one. `--tables FILE` prints those
-of a raw file. A few rounds cannot tell 3 % in one cell: with `--again RATIO` more rounds of those cells of the file
-`--out` follow whose median is lower, and count together with the ones before. What is measured again because it was
-low rises by chance: means over kinds are those of the rounds that all cells have.
+ways in turn, with prompts of its own: on the server without speculation, on the one with it, and there again
+with requests that forbid it. So many streams at once, each followed by another until all requests are through, greedy
+or sampled with a seed; the three answers to a request must be equal.
+
+A few loads of seconds cannot tell 3 %: with `--turns` each cell has more of them in a round, and with `--more` the
+rounds are added to those of the file `--out`. The means compare speculation with the other server and, where the
+process and its memory are the same, with forbidding; what forbidding itself costs, over all cells, is a table of its
+own. `--tables FILE` prints the tables of a raw file.
 
 Two speeds are taken of each load: while all streams are busy, which is what so many streams at once means, and of the
 whole load with its end, when there is nothing left to begin. Without guesses all answers, of one length, end together;
@@ -35,7 +36,7 @@ from typing import Any
 
 import aiohttp
 
-from benchmarks.raw import write_raw
+from benchmarks.raw import commit, write_raw
 from benchmarks.server import slipstream
 from benchmarks.speculation_prompts import KINDS
 from services.bench.events import EventParser
@@ -47,22 +48,21 @@ STREAMS = {1: 5, 4: 12, 8: 24, 16: 48, 32: 64}
 """Streams at once, and requests of a measurement."""
 
 TEMPERATURES = (0.0, 1.0)
-PROMPTS_OF_A_ROUND = sum(STREAMS.values()) * len(TEMPERATURES) * len(KINDS)
-"""So many follow each other; a server sees no prompt twice but for the load that forbids guesses."""
+MAX_TURNS = 4
+PROMPTS_OF_A_ROUND = MAX_TURNS * sum(STREAMS.values()) * len(TEMPERATURES)
+"""Of each kind, at most; a server sees none of them twice but for the load that forbids guesses."""
 
 OUTPUT_LEN = 128
 SETTLE_S = 8.0
 """After the start, in which workers measure what their steps cost."""
 
 WITHOUT, WITH, OFF = "without", "with", "forbidden"
+COMPARED = ((WITH, WITHOUT), (WITH, OFF), (OFF, WITHOUT))
 BUSY = "busy"
 """Where a measurement has the speeds while all streams were busy."""
 
 FORBIDDING = {"speculation": "none", "cache_salt": OFF}
 """The salt keeps prompts of one load from being found computed by the other."""
-
-Cell = tuple[float, str, int]
-"""Temperature, kind of prompts, and streams at once."""
 
 PORT = 18970
 
@@ -143,14 +143,14 @@ async def load(url: str, prompts: Sequence[list[int]], streams: int, fields: dic
     return Load([answers[index] for index in range(len(prompts))], began, min(idle), max(idle))
 
 
-def measure(codec: TextCodec, kind: str, streams: int, temperature: float, number: int, first: int) -> dict[str, Any]:
-    """One cell in the three ways; round `number` says which goes first. Prompts are those from `first` on."""
+def measure(codec: TextCodec, kind: str, streams: int, temperature: float, turn: int, first: int) -> dict[str, Any]:
+    """One cell in the three ways; `turn` says which goes first. Prompts are those from `first` on."""
     texts = [KINDS[kind](first + index) for index in range(STREAMS[streams])]
     prompts = [codec.encode_chat(codec.template.render([{"role": "user", "content": text}])) for text in texts]
-    found: dict[str, Any] = {"kind": kind, "streams": streams, "temperature": temperature, "round": number}
+    found: dict[str, Any] = {"kind": kind, "streams": streams, "temperature": temperature}
     ways = {WITHOUT: (PORT, {}), WITH: (PORT + 1, {}), OFF: (PORT + 1, FORBIDDING)}
     texts_by_way = {}
-    for name, (port, fields) in itertools.islice(itertools.cycle(ways.items()), number % 3, number % 3 + 3):
+    for name, (port, fields) in itertools.islice(itertools.cycle(ways.items()), turn % 3, turn % 3 + 3):
         loading = load(f"http://127.0.0.1:{port}", prompts, streams, {"temperature": temperature, **fields})
         loaded = asyncio.run(loading)
         found[name] = loaded.speed
@@ -162,7 +162,7 @@ def measure(codec: TextCodec, kind: str, streams: int, temperature: float, numbe
 
 
 def render(results: Sequence[dict[str, Any]], name: str) -> str:
-    """A server's ratios to the one without speculation as a Markdown table: median of the rounds, minimum, maximum."""
+    """One way's ratios to the server without speculation, as Markdown: median, minimum, maximum; and its speed."""
     columns = list(dict.fromkeys(result["streams"] for result in results))
     lines = ["| prompts | " + " | ".join(map(str, columns)) + " |", "| --- |" + " --- |" * len(columns)]
     for kind, temperature in dict.fromkeys((result["kind"], result["temperature"]) for result in results):
@@ -176,29 +176,30 @@ def render(results: Sequence[dict[str, Any]], name: str) -> str:
     return "\n".join(lines)
 
 
-def render_over_kinds(results: Sequence[dict[str, Any]], other: str) -> str:
-    """With speculation to one of the other ways: geometric mean of all ratios, its standard error, and their number."""
+def render_means(results: Sequence[dict[str, Any]], name: str, other: str) -> str:
+    """One way's ratios to another's, by kind and over all kinds: geometric mean, its standard error, their number."""
     columns = list(dict.fromkeys(result["streams"] for result in results))
-    lines = [f"| against {other} | " + " | ".join(map(str, columns)) + " |", "| --- |" + " --- |" * len(columns)]
+    header = f"| {name} against {other} | "
+    lines = [header + " | ".join(map(str, columns)) + " |", "| --- |" + " --- |" * len(columns)]
     for temperature in dict.fromkeys(result["temperature"] for result in results):
-        cells = []
-        for streams in columns:
-            same = [r for r in results if (r["temperature"], r["streams"]) == (temperature, streams)]
-            logs = [math.log(r[WITH] / r[other]) for r in same]
-            error = stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else math.nan
-            ratio = math.exp(mean(logs))
-            cells.append(f"{ratio:.3f} ± {ratio * error:.3f} ({len(logs)})")
-        lines.append(f"| T = {temperature:g} | " + " | ".join(cells) + " |")
+        of_temperature = [result for result in results if result["temperature"] == temperature]
+        kinds = list(dict.fromkeys(result["kind"] for result in of_temperature))
+        for label, included in [*((kind, [kind]) for kind in kinds), ("all", kinds)]:
+            cells = [
+                _mean_ratio(
+                    [r for r in of_temperature if r["streams"] == streams and r["kind"] in included], name, other
+                )
+                for streams in columns
+            ]
+            lines.append(f"| {label}, T = {temperature:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def weak_cells(results: Sequence[dict[str, Any]], below: float) -> list[Cell]:
-    """Those whose median ratio to the server without speculation is lower, by busy streams."""
-    ratios: dict[Cell, list[float]] = {}
-    for result in results:
-        cell = result["temperature"], result["kind"], result["streams"]
-        ratios.setdefault(cell, []).append(result[BUSY][WITH] / result[BUSY][WITHOUT])
-    return [cell for cell, found in ratios.items() if median(found) < below]
+def _mean_ratio(results: Sequence[dict[str, Any]], name: str, other: str) -> str:
+    logs = [math.log(result[name] / result[other]) for result in results]
+    error = stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else math.nan
+    ratio = math.exp(mean(logs))
+    return f"{ratio:.3f} ± {ratio * error:.3f} ({len(logs)})"
 
 
 def tables_of(results: Sequence[dict[str, Any]]) -> dict[str, str]:
@@ -211,12 +212,21 @@ def tables_of(results: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 def _tables(results: Sequence[dict[str, Any]]) -> dict[str, str]:
-    cells = {name: render(results, name) for name in (WITH, OFF)}
-    return cells | {f"against {other}": render_over_kinds(results, other) for other in (WITHOUT, OFF)}
+    means = {f"{name} against {other}": render_means(results, name, other) for name, other in COMPARED}
+    return {WITH: render(results, WITH)} | means
 
 
 def printed(tables: dict[str, str]) -> str:
     return "\n\n".join(f"{name}:\n\n{table}" for name, table in tables.items())
+
+
+def cannot_continue(out: Path | None) -> str:
+    """Why rounds cannot be added to that file; empty where they can."""
+    if out is None or not out.exists():
+        return "name the raw file of an earlier run by --out"
+    if (earlier := json.loads(out.read_text())["commit"]) != commit():
+        return f"{out} was measured with {earlier}, and this is {commit()}: write another file"
+    return ""
 
 
 def main() -> None:
@@ -228,29 +238,33 @@ def main() -> None:
     parser.add_argument("--kernels", default="auto", help="what computes the model in both servers")
     parser.add_argument("--draft", default="", help="folder of a draft model for the server that speculates")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--again", type=float, help="more rounds of the cells of the file --out below this ratio")
+    turns = range(1, MAX_TURNS + 1)
+    parser.add_argument(
+        "--turns", type=int, default=1, choices=turns, help="loads of each cell in a round, with other prompts"
+    )
+    parser.add_argument("--more", action="store_true", help="add the rounds to those of the file --out")
     parser.add_argument("--tables", type=Path, help="measure nothing: print the tables of this raw file")
     options = parser.parse_args()
     if options.tables:
         print(printed(tables_of(json.loads(options.tables.read_text())["runs"])))
         return
-    codec, results = load_tokenizer(resolve("smollm2")), list[dict[str, Any]]()
+    if options.more and (reason := cannot_continue(options.out)):
+        parser.error(f"--more: {reason}")
+    results = json.loads(options.out.read_text())["runs"] if options.more else []
+    codec = load_tokenizer(resolve("smollm2"))
     flags = ("--draft", options.draft) if options.draft else ()
     without = slipstream("smollm2", "--kernels", options.kernels, "--speculation", "none")
     speculating = slipstream("smollm2", "--kernels", options.kernels, *flags)
-    cells: list[Cell] = list(itertools.product(options.temperatures, options.kinds, options.streams))
-    if options.again:
-        if options.out is None or not options.out.exists():
-            parser.error("--again needs --out with the raw file of an earlier run")
-        results = json.loads(options.out.read_text())["runs"]
-        cells = weak_cells(results, options.again)
-    first, done = 0, max((result["round"] + 1 for result in results), default=0)
+    cells = list(itertools.product(options.temperatures, options.kinds, options.streams))
+    done = max((result["round"] + 1 for result in results), default=0)
     for number in range(done, done + options.rounds):
         with without.running(PORT), speculating.running(PORT + 1):
             time.sleep(SETTLE_S)
-            for temperature, kind, streams in cells:
-                results.append(measure(codec, kind, streams, temperature, number, first))
-                first += STREAMS[streams]
+            first = dict.fromkeys(KINDS, 0)
+            for turn, (temperature, kind, streams) in itertools.product(range(options.turns), cells):
+                found = measure(codec, kind, streams, temperature, number + turn, first[kind])
+                results.append(found | {"round": number, "turn": turn})
+                first[kind] += STREAMS[streams]
         tables = tables_of(results)
         write_raw(options.out, results, **{name: table.splitlines() for name, table in tables.items()})
         print(f"round {number + 1 - done} of {options.rounds} done", file=sys.stderr, flush=True)

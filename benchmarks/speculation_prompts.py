@@ -1,6 +1,6 @@
 """Prompts of the four kinds of work that `benchmarks.speculation` measures; none is packaged with `slipstream distill`.
 
-A round of it asks for 1224, and each kind has more than that before one comes again.
+A round of it asks for at most 1224 of a kind, and each has more than that before one comes again.
 """
 
 from __future__ import annotations

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.speculation import PROMPTS_OF_A_ROUND, Answer, Load, tables_of, weak_cells
+from benchmarks.raw import write_raw
+from benchmarks.speculation import PROMPTS_OF_A_ROUND, Answer, Load, cannot_continue, tables_of
 from benchmarks.speculation_prompts import KINDS
 
 
@@ -31,11 +33,17 @@ def test_ratios_by_cell_and_over_kinds() -> None:
         "| chat, T = 1 | 2.10 [2.00-3.00], 210 | 2.00 [2.00-2.00], 100 |",
         "| code, T = 1 | 0.50 [0.50-0.50], 50 | 0.50 [0.50-0.50], 25 |",
     ]
-    assert tables["forbidden"][0] == "| chat, T = 1 | 1.00 [1.00-4.20], 100 | 1.00 [1.00-1.00], 50 |"
-    # (2 · 3 · 2.1 · 0.5)^(1/4); the standard error is that of the logarithms: 0.790 / 2
-    assert tables["against without"] == ["| T = 1 | 1.584 ± 0.626 (4) | 1.000 ± 0.693 (2) |"]
+    # (2 · 3 · 2.1)^(1/3), (2 · 3 · 2.1 · 0.5)^(1/4); standard errors of the logarithms: 0.221 / √3, 0.790 / 2
+    assert tables["with against without"] == [
+        "| chat, T = 1 | 2.327 ± 0.297 (3) | 2.000 ± nan (1) |",
+        "| code, T = 1 | 0.500 ± nan (1) | 0.500 ± nan (1) |",
+        "| all, T = 1 | 1.584 ± 0.626 (4) | 1.000 ± 0.693 (2) |",
+    ]
     # (2 · 3 · 0.5 · 0.5)^(1/4), 0.932 / 2
-    assert tables["against forbidden"] == ["| T = 1 | 1.107 ± 0.516 (4) | 1.000 ± 0.693 (2) |"]
+    assert tables["with against forbidden"][2] == "| all, T = 1 | 1.107 ± 0.516 (4) | 1.000 ± 0.693 (2) |"
+    # 4.2^(1/3), 4.2^(1/4)
+    assert tables["forbidden against without"][0].startswith("| chat, T = 1 | 1.613 ")
+    assert tables["forbidden against without"][2].startswith("| all, T = 1 | 1.432 ")
 
 
 def test_busy_streams_have_tables_of_their_own() -> None:
@@ -46,13 +54,14 @@ def test_busy_streams_have_tables_of_their_own() -> None:
     assert list(tables_of([*runs, run("chat", 4, 1.0, 1.0, 1.0)])) == [name for name in tables if "busy" not in name]
 
 
-def test_cells_below_a_ratio_are_found_by_the_median_of_busy_streams() -> None:
-    def measured(kind: str, ratio: float) -> dict[str, Any]:
-        return run(kind, 4, 50.0, 90.0, 50.0) | {"busy": {"without": 100.0, "with": 100.0 * ratio, "forbidden": 100.0}}
-
-    results = [measured("chat", ratio) for ratio in (0.99, 0.5, 0.96)] + [measured("code", r) for r in (0.5, 1.0, 1.0)]
-    assert weak_cells(results, 0.98) == [(1.0, "chat", 4)]
-    assert weak_cells(results, 0.95) == []
+def test_rounds_are_added_to_a_file_of_this_commit_only(tmp_path: Path) -> None:
+    out = tmp_path / "raw.json"
+    assert "--out" in cannot_continue(None)
+    assert "--out" in cannot_continue(out)
+    write_raw(out, [])
+    assert not cannot_continue(out)
+    out.write_text('{"commit": "of long ago", "runs": []}')
+    assert "of long ago" in cannot_continue(out)
 
 
 def test_streams_are_busy_until_one_has_nothing_left_to_begin() -> None:

@@ -187,7 +187,8 @@ def test_every_flag_and_variable_named_in_the_docs_exists() -> None:
     known_flags = {flag for command in COMMANDS.values() for flag in flags_of(command)}
     foreign = {"--help", "--build", "--scale", "--out", "--network", "--init", "--rounds"}
     foreign |= {"--minutes", "--kinds", "--kills", "--seeds", "--merciless", "--aborts", "--seconds"}  # fault harness
-    foreign |= {"--queued", "--connections", "--pid", "--split", "--streams", "--temperatures", "--again"}  # benchmarks
+    foreign |= {"--queued", "--connections", "--pid", "--split", "--streams", "--temperatures"}  # benchmarks
+    foreign |= {"--turns", "--more", "--again"}
     of_the_model = {"SLIPSTREAM_TEST_MODEL_RUNS", "SLIPSTREAM_TEST_MODEL_SEED"}
     known_variables = {variable_name(path) for path in setting_paths()} | {"SLIPSTREAM_API_KEY"} | of_the_model
     known_variables.add(faultpoints.VARIABLE)
