@@ -229,7 +229,8 @@ def cannot_continue(out: Path | None) -> str:
     return ""
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
+    """What to measure; the process ends where that cannot be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--streams", type=int, nargs="*", default=list(STREAMS))
@@ -245,12 +246,19 @@ def main() -> None:
     parser.add_argument("--more", action="store_true", help="add the rounds to those of the file --out")
     parser.add_argument("--tables", type=Path, help="measure nothing: print the tables of this raw file")
     options = parser.parse_args()
+    if options.more and not options.tables and (reason := cannot_continue(options.out)):
+        parser.error(f"--more: {reason}")
+    return options
+
+
+def main() -> None:
+    options = parsed()
     if options.tables:
         print(printed(tables_of(json.loads(options.tables.read_text())["runs"])))
         return
-    if options.more and (reason := cannot_continue(options.out)):
-        parser.error(f"--more: {reason}")
-    results = json.loads(options.out.read_text())["runs"] if options.more else []
+    earlier = json.loads(options.out.read_text()) if options.more else {}
+    results = earlier.get("runs", [])
+    commands = [*earlier.get("earlier_commands", []), earlier["command"]] if earlier else []
     codec = load_tokenizer(resolve("smollm2"))
     flags = ("--draft", options.draft) if options.draft else ()
     without = slipstream("smollm2", "--kernels", options.kernels, "--speculation", "none")
@@ -265,8 +273,8 @@ def main() -> None:
                 found = measure(codec, kind, streams, temperature, number + turn, first[kind])
                 results.append(found | {"round": number, "turn": turn})
                 first[kind] += STREAMS[streams]
-        tables = tables_of(results)
-        write_raw(options.out, results, **{name: table.splitlines() for name, table in tables.items()})
+        tables = {name: table.splitlines() for name, table in tables_of(results).items()}
+        write_raw(options.out, results, earlier_commands=commands, **tables)
         print(f"round {number + 1 - done} of {options.rounds} done", file=sys.stderr, flush=True)
     print(printed(tables_of(results)))
 
