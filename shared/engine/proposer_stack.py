@@ -110,10 +110,10 @@ class ProposerStack:
         self._asked, self.priced_s = [], 0.0
         return any(not member.has_failed and not member.account.is_overdrawn() for member in self._members)
 
-    def passed(self, seconds: float) -> None:
-        """A step took so long, whether anybody was asked or not."""
+    def passed(self, seconds: float, num_sequences: int) -> None:
+        """A step of so many sequences took so long, whether anybody was asked or not."""
         for member in self._members:
-            member.account.passed(seconds)
+            member.account.passed(seconds, num_sequences)
             member.trials.passed(seconds)
 
     def guess(self, asks: Sequence_[Ask], step: PlainStep) -> dict[Sequence, Guess]:

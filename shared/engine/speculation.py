@@ -101,7 +101,7 @@ class Speculation:
 
     def observe_step(self, plan: Sequence_[Scheduled], seconds: float) -> None:
         """A planned step took so long in the model; prompts' rows cost less than sampled ones and teach nothing."""
-        self._stack.passed(seconds)
+        self._stack.passed(seconds, len(plan))
         if not self._num_cores or (not self._guesses and self._num_steps % _OBSERVED_STEPS) or not _only_decodes(plan):
             return
         num_rows, costs = sum(item.num_rows for item in plan), self.tables[self._num_cores]
