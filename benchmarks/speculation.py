@@ -16,7 +16,8 @@ own. `--tables FILE` prints the tables of a raw file.
 Two speeds are taken of each load: while all streams are busy, which is what so many streams at once means, and of the
 whole load with its end, when there is nothing left to begin. Without guesses all answers, of one length, end together;
 with them some end early, and the last ones run in small steps with the machine to themselves. So the end of a short
-load makes guesses look slower than they are for streams that go on.
+load makes guesses look slower than they are for streams that go on. The speed while all are busy is that until as many
+tokens have come as when the first stream of any of the three loads had no more to do: the same work in all three.
 """
 
 from __future__ import annotations
@@ -75,10 +76,10 @@ class Answer:
     num_tokens: int
     arrivals: list[tuple[float, int]]
 
-    def tokens_until(self, time_s: float) -> float:
-        """Tokens that had come by then, taken to be in proportion to the characters."""
-        come = max((length for when, length in self.arrivals if when <= time_s), default=0)
-        return self.num_tokens * come / max(1, len(self.text))
+    @property
+    def progress(self) -> list[tuple[float, float]]:
+        """When how many tokens had come, taken to be in proportion to the characters."""
+        return [(when, self.num_tokens * length / max(1, len(self.text))) for when, length in self.arrivals]
 
 
 async def generate(session: aiohttp.ClientSession, url: str, prompt: list[int], fields: dict[str, Any]) -> Answer:
@@ -122,9 +123,24 @@ class Load:
         return sum(answer.num_tokens for answer in self.answers) / (self.ended - self.began)
 
     @property
-    def busy_speed(self) -> float:
-        """The same while all streams were busy."""
-        return sum(answer.tokens_until(self.first_idle) for answer in self.answers) / (self.first_idle - self.began)
+    def progress(self) -> list[tuple[float, float]]:
+        """When how many tokens of all answers had come."""
+        events = []
+        for answer in self.answers:
+            steps = zip([(0.0, 0.0), *answer.progress], answer.progress, strict=False)
+            events += [(when, after - before) for (_, before), (when, after) in steps]
+        events.sort()
+        return list(zip([when for when, _ in events], itertools.accumulate(new for _, new in events), strict=True))
+
+    @property
+    def busy_tokens(self) -> float:
+        """So many had come when the first stream had no more to do."""
+        return max((tokens for when, tokens in self.progress if when <= self.first_idle), default=0.0)
+
+    def speed_until(self, num_tokens: float) -> float:
+        """Output tokens per second until so many had come."""
+        reached = (tokens / (when - self.began) for when, tokens in self.progress if tokens >= num_tokens)
+        return next(reached, self.speed)
 
 
 async def load(url: str, prompts: Sequence[list[int]], streams: int, fields: dict[str, Any]) -> Load:
@@ -144,21 +160,26 @@ async def load(url: str, prompts: Sequence[list[int]], streams: int, fields: dic
 
 
 def measure(codec: TextCodec, kind: str, streams: int, temperature: float, turn: int, first: int) -> dict[str, Any]:
-    """One cell in the three ways; `turn` says which goes first. Prompts are those from `first` on."""
+    """One cell in the three ways, in each turn in another order; prompts are those from `first` on.
+
+    What follows a load of the same server finds it warm: in six turns each way does so as often as the other one.
+    """
     texts = [KINDS[kind](first + index) for index in range(STREAMS[streams])]
     prompts = [codec.encode_chat(codec.template.render([{"role": "user", "content": text}])) for text in texts]
     found: dict[str, Any] = {"kind": kind, "streams": streams, "temperature": temperature}
     ways = {WITHOUT: (PORT, {}), WITH: (PORT + 1, {}), OFF: (PORT + 1, FORBIDDING)}
-    texts_by_way = {}
-    for name, (port, fields) in itertools.islice(itertools.cycle(ways.items()), turn % 3, turn % 3 + 3):
+    loads, texts_by_way = dict[str, Load](), {}
+    orders = list(itertools.permutations(ways))
+    for name in orders[turn % len(orders)]:
+        port, fields = ways[name]
         loading = load(f"http://127.0.0.1:{port}", prompts, streams, {"temperature": temperature, **fields})
-        loaded = asyncio.run(loading)
-        found[name] = loaded.speed
-        found.setdefault(BUSY, {})[name] = loaded.busy_speed
-        texts_by_way[name] = [(answer.text, answer.num_tokens) for answer in loaded.answers]
+        loads[name] = asyncio.run(loading)
+        texts_by_way[name] = [(answer.text, answer.num_tokens) for answer in loads[name].answers]
     if any(answers != texts_by_way[WITHOUT] for answers in texts_by_way.values()):
         raise RuntimeError(f"{kind}, {streams} streams: the answers differ")
-    return found
+    num_tokens = min(loaded.busy_tokens for loaded in loads.values())
+    busy = {name: loaded.speed_until(num_tokens) for name, loaded in loads.items()}
+    return found | {name: loaded.speed for name, loaded in loads.items()} | {BUSY: busy}
 
 
 def render(results: Sequence[dict[str, Any]], name: str) -> str:
@@ -270,7 +291,7 @@ def main() -> None:
             time.sleep(SETTLE_S)
             first = dict.fromkeys(KINDS, 0)
             for turn, (temperature, kind, streams) in itertools.product(range(options.turns), cells):
-                found = measure(codec, kind, streams, temperature, number + turn, first[kind])
+                found = measure(codec, kind, streams, temperature, options.turns * number + turn, first[kind])
                 results.append(found | {"round": number, "turn": turn})
                 first[kind] += STREAMS[streams]
         tables = {name: table.splitlines() for name, table in tables_of(results).items()}

@@ -68,8 +68,11 @@ def test_streams_are_busy_until_one_has_nothing_left_to_begin() -> None:
     whole = Answer("abcdef", 3, [(1.0, 2), (2.0, 6)])
     late = Answer("abcdefgh", 4, [(1.5, 2), (2.5, 4), (3.5, 8)])
     loaded = Load([whole, late], began=0.0, first_idle=2.0, ended=3.5)
+    assert loaded.progress == [(1.0, 1.0), (1.5, 2.0), (2.0, 4.0), (2.5, 5.0), (3.5, 7.0)]
+    assert loaded.busy_tokens == 4.0
     assert loaded.speed == pytest.approx(7 / 3.5)
-    assert loaded.busy_speed == pytest.approx((3 + 4 * 2 / 8) / 2.0)
+    assert loaded.speed_until(4.0) == pytest.approx(4 / 2.0)
+    assert loaded.speed_until(4.5) == pytest.approx(5 / 2.5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
