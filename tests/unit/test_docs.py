@@ -188,7 +188,7 @@ def test_every_flag_and_variable_named_in_the_docs_exists() -> None:
     foreign = {"--help", "--build", "--scale", "--out", "--network", "--init", "--rounds"}
     foreign |= {"--minutes", "--kinds", "--kills", "--seeds", "--merciless", "--aborts", "--seconds"}  # fault harness
     foreign |= {"--queued", "--connections", "--pid", "--split", "--streams", "--temperatures"}  # benchmarks
-    foreign |= {"--turns", "--more", "--again"}
+    foreign |= {"--turns", "--more", "--again", "--starts"}
     of_the_model = {"SLIPSTREAM_TEST_MODEL_RUNS", "SLIPSTREAM_TEST_MODEL_SEED"}
     known_variables = {variable_name(path) for path in setting_paths()} | {"SLIPSTREAM_API_KEY"} | of_the_model
     known_variables.add(faultpoints.VARIABLE)
