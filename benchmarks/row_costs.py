@@ -13,7 +13,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -96,7 +96,7 @@ def main() -> None:
         "gains in the model alone": render_gains(tables, 0.0),
         f"gains with {options.beside_ms:g} ms beside it": render_gains(tables, 1e-3 * options.beside_ms),
     }
-    runs: list[Mapping[str, float]] = [{str(rows): value for rows, value in table.items()} for table in tables]
+    runs = [{str(rows): seconds for rows, seconds in table.items()} for table in tables]
     write_raw(options.out, runs, **{name: text.splitlines() for name, text in summary.items()})
     print("\n\n".join(f"{name}:\n\n{text}" for name, text in summary.items()))
 
