@@ -36,7 +36,7 @@ Table = dict[int, float]
 
 
 def measured(model: str) -> Table:
-    """On all cores that one worker of a machine may have."""
+    """On all cores that one worker of a machine may have; sizes too slow to be measured are in proportion."""
     speculation = SpeculationSettings()
     built = build_engine(
         resolve(model), EngineSettings(), prefill_share=0.5, shared_cache=False, speculation=speculation

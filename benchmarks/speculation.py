@@ -162,20 +162,21 @@ async def load(url: str, prompts: Sequence[list[int]], streams: int, fields: dic
 def measure(codec: TextCodec, kind: str, streams: int, temperature: float, turn: int, first: int) -> dict[str, Any]:
     """One cell in the three ways, in each turn in another order; prompts are those from `first` on.
 
-    What follows a load of the same server finds it warm: in six turns each way does so as often as the other one.
+    What follows a load of the same server may find it warm: of the two ways on one server each does so three times in
+    six turns.
     """
     texts = [KINDS[kind](first + index) for index in range(STREAMS[streams])]
     prompts = [codec.encode_chat(codec.template.render([{"role": "user", "content": text}])) for text in texts]
     found: dict[str, Any] = {"kind": kind, "streams": streams, "temperature": temperature}
     ways = {WITHOUT: (PORT, {}), WITH: (PORT + 1, {}), OFF: (PORT + 1, FORBIDDING)}
-    loads, texts_by_way = dict[str, Load](), {}
+    loads = dict[str, Load]()
     orders = list(itertools.permutations(ways))
     for name in orders[turn % len(orders)]:
         port, fields = ways[name]
         loading = load(f"http://127.0.0.1:{port}", prompts, streams, {"temperature": temperature, **fields})
         loads[name] = asyncio.run(loading)
-        texts_by_way[name] = [(answer.text, answer.num_tokens) for answer in loads[name].answers]
-    if any(answers != texts_by_way[WITHOUT] for answers in texts_by_way.values()):
+    answers = [[(answer.text, answer.num_tokens) for answer in loaded.answers] for loaded in loads.values()]
+    if any(others != answers[0] for others in answers):
         raise RuntimeError(f"{kind}, {streams} streams: the answers differ")
     num_tokens = min(loaded.busy_tokens for loaded in loads.values())
     busy = {name: loaded.speed_until(num_tokens) for name, loaded in loads.items()}

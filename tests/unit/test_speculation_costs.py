@@ -361,6 +361,8 @@ def test_what_pays_is_never_held_up() -> None:
 @pytest.mark.parametrize(("num_sequences", "steps"), [(1, 3.0), (2, 3.0), (4, 2.0), (16, 0.5)])
 def test_what_was_gained_lets_three_steps_or_eight_tokens_time_be_lost(num_sequences: int, steps: float) -> None:
     account = Account()
+    account.passed(STEP_S, num_sequences)
+    assert not account.is_overdrawn()
     account.gave(1.0)
     account.passed(STEP_S, num_sequences)
     lost = 0.0
